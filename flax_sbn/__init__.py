@@ -1,0 +1,50 @@
+"""Batch normalization from a small sample of the batch, for JAX and Flax.
+
+The pure functions are here; the layers are in :mod:`flax_sbn.linen` and
+:mod:`flax_sbn.nnx`, which are imported on their own::
+
+    import flax_sbn as sbn
+    import flax_sbn.linen  # or flax_sbn.nnx
+"""
+
+from flax_sbn import linen, nnx
+from flax_sbn.normalization import batch_norm, normalize
+from flax_sbn.sampling import (
+    BatchSampling,
+    FeatureSampling,
+    MixedSampling,
+    NaiveSampling,
+    Sampler,
+    VirtualSampling,
+    num_measured,
+)
+from flax_sbn.statistics import (
+    Statistics,
+    batch_statistics,
+    mix_statistics,
+    update_running,
+)
+from flax_sbn.virtual import append_virtual, drop_virtual, virtual_samples
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchSampling",
+    "FeatureSampling",
+    "MixedSampling",
+    "NaiveSampling",
+    "Sampler",
+    "Statistics",
+    "VirtualSampling",
+    "append_virtual",
+    "batch_norm",
+    "batch_statistics",
+    "drop_virtual",
+    "linen",
+    "mix_statistics",
+    "nnx",
+    "normalize",
+    "num_measured",
+    "update_running",
+    "virtual_samples",
+]

@@ -1,0 +1,134 @@
+"""flax.linen.BatchNorm plus a sampler."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_sbn.normalization import batch_norm
+from flax_sbn.sampling import Sampler, needs_key
+from flax_sbn.statistics import (
+    Statistics,
+    keep_unmeasured,
+    reduction_axes,
+    update_running,
+)
+
+
+class BatchNorm(nn.BatchNorm):
+    r"""Batch normalization with statistics from a sample of the batch.
+
+    :class:`flax.linen.BatchNorm` with one more field, ``sampler``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
+
+    Positions are drawn from the rng stream ``'sampling'``, anew in each layer and step;
+    nothing is drawn at evaluation and in ``init``. Input and output are
+    ``(N, *spatial, C)``, of any real or complex dtype; running statistics are float32.
+    With ``sampler=None`` this is flax's layer to the bit, and parameters and statistics
+    always have flax's names, so that checkpoints load either way.
+
+    A step whose mask leaves no position to measure normalizes with the running
+    statistics and leaves them as they are. Samples are measured in float32 or wider and
+    in two passes, whatever ``force_float32_reductions`` and ``use_fast_variance`` say.
+
+    Attributes:
+      sampler: which positions are measured in training; None measures all of them.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the input, ``axis`` is out of range, or
+        the rng stream ``'sampling'`` is missing and needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.linen.BatchNorm(
+      ...     use_running_average=False, sampler=sbn.BatchSampling(4)
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 6))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> rngs = {"sampling": jax.random.key(2)}
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"], rngs=rngs)
+      >>> y.shape, jax.tree.map(jnp.shape, updates)
+      ((32, 8, 8, 6), {'batch_stats': {'mean': (6,), 'var': (6,)}})
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    sampler: Sampler | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: normalize with the running statistics (evaluation).
+          mask: booleans that broadcast to ``x``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        axes = reduction_axes(x.ndim, self.axis)
+        draws = needs_key(self.sampler)
+        if evaluate or self.is_initializing():
+            return super().__call__(x, use_running_average, mask=mask)
+
+        features = [n for a, n in enumerate(x.shape) if a not in axes]
+        if self.sampler is None:
+            running = self._running(features)
+            y = super().__call__(x, use_running_average, mask=mask)
+            if mask is not None:
+                self._set_running(keep_unmeasured(self._running(features), running))
+            return y
+
+        if draws and not self.has_rng("sampling"):
+            raise ValueError(
+                f"Expected an rng stream 'sampling' for {self.sampler}, got none in "
+                f"layer {'/'.join(self.path) or self.name!r}. Pass "
+                "rngs={'sampling': key} to apply, a fresh key each step."
+            )
+        running = self._running(features)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        y, statistics = batch_norm(
+            x,
+            scale,
+            bias,
+            sampler=self.sampler,
+            key=self.make_rng("sampling") if draws else None,
+            axis=self.axis,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            running=running,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        self._set_running(update_running(running, statistics, self.momentum))
+        return y
+
+    def _running(self, features: list[int]) -> Statistics:
+        mean = self.get_variable(
+            "batch_stats", "mean", jnp.zeros(features, jnp.float32)
+        )
+        var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
+        return Statistics(mean, var)
+
+    def _set_running(self, running: Statistics) -> None:
+        self.put_variable("batch_stats", "mean", running.mean)
+        self.put_variable("batch_stats", "var", running.var)

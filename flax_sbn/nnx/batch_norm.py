@@ -1,0 +1,137 @@
+"""flax.nnx.BatchNorm plus a sampler."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sbn.normalization import batch_norm
+from flax_sbn.sampling import Sampler, needs_key
+from flax_sbn.statistics import (
+    Statistics,
+    keep_unmeasured,
+    reduction_axes,
+    update_running,
+)
+
+
+class BatchNorm(nnx.BatchNorm):
+    r"""Batch normalization with statistics from a sample of the batch.
+
+    :class:`flax.nnx.BatchNorm` with one more argument, ``sampler``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
+
+    Positions are drawn from the rng stream ``'sampling'``, forked from ``rngs`` when
+    the layer is made, anew in each layer and step; nothing is drawn at evaluation.
+    Input and output are ``(N, *spatial, C)``, of any real or complex dtype; running
+    statistics are float32. With ``sampler=None`` this is flax's layer to the bit, and
+    parameters and statistics always have flax's names: checkpoints load either way.
+
+    A step whose mask leaves no position to measure normalizes with the running
+    statistics and leaves them as they are. Samples are measured in float32 or wider and
+    in two passes, whatever ``use_fast_variance`` says.
+
+    Args:
+      num_features: number of features ``C``.
+      sampler: which positions are measured in training; None measures all of them.
+      rngs: keys for the parameters and, for samplers that draw, the stream
+        ``'sampling'`` (or a default stream).
+      **options: those of :class:`flax.nnx.BatchNorm`.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the input, ``axis`` is out of range, or
+        the rng stream ``'sampling'`` is missing and needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.BatchNorm(6, sampler=sbn.BatchSampling(4), rngs=nnx.Rngs(0))
+      >>> y = layer(jax.random.normal(jax.random.key(0), (32, 8, 8, 6)))
+      >>> y.shape, bool((layer.var[...] != 1).all())
+      ((32, 8, 8, 6), True)
+      >>> layer.eval()
+      >>> layer(jnp.ones((1, 8, 8, 6))).shape
+      (1, 8, 8, 6)
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        sampler: Sampler | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, rngs=rngs, **options)
+        self.sampler = sampler
+        self.rngs: nnx.RngStream | None = nnx.data(None)
+        if needs_key(sampler):
+            if "sampling" not in rngs and "default" not in rngs:
+                raise ValueError(
+                    f"Expected an rng stream 'sampling' for {sampler}, got streams "
+                    f"{sorted(rngs)}. Use nnx.Rngs(params=0, sampling=1), or "
+                    "nnx.Rngs(0) for every stream."
+                )
+            self.rngs = rngs["sampling"].fork()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: normalize with the running statistics (evaluation); wins
+            over the constructor's.
+          mask: booleans that broadcast to ``x``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        reduction_axes(x.ndim, self.axis)
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = self.use_running_average
+        running = Statistics(self.mean[...], self.var[...])
+        if self.sampler is None or evaluate or evaluate is None:
+            y = super().__call__(x, use_running_average, mask=mask)
+            if mask is not None and not evaluate:
+                updated = Statistics(self.mean[...], self.var[...])
+                self._set_running(keep_unmeasured(updated, running))
+            return y
+
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        x, _, _, scale, bias = self.promote_dtype(
+            (x, *running, scale, bias), dtype=self.dtype
+        )
+        y, statistics = batch_norm(
+            x,
+            scale,
+            bias,
+            sampler=self.sampler,
+            key=None if self.rngs is None else self.rngs(),
+            axis=self.axis,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            running=running,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+        )
+        self._set_running(update_running(running, statistics, self.momentum))
+        return y
+
+    def _set_running(self, running: Statistics) -> None:
+        self.mean[...], self.var[...] = running

@@ -1,0 +1,165 @@
+"""Normalize everything with given statistics; batch norm, which measures them first.
+
+Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from flax_sbn.sampling import Sampler
+from flax_sbn.statistics import Axis, Statistics, batch_statistics, reduction_axes
+
+
+def normalize(
+    x: ArrayLike,
+    statistics: Statistics,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    axis: Axis = -1,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> jax.Array:
+    r"""Normalizes every value with the given statistics.
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{v + \epsilon}} + \mathit{bias}
+
+    Args:
+      x: ``(N, *spatial, C)``, or with features at ``axis``.
+      statistics: mean and variance, ``(C,)``.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      axis: the feature axis or axes.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default that of ``x``, ``scale`` and ``bias``
+        promoted. The arithmetic is in the dtype of the statistics or wider.
+
+    Returns:
+      An array of the shape of ``x``.
+
+    Raises:
+      ValueError: if ``axis`` is out of range, or ``scale``, ``bias`` or the statistics
+        have another shape than the feature axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax_sbn import Statistics, normalize
+      >>> statistics = Statistics(mean=jnp.array([1.0]), var=jnp.array([4.0]))
+      >>> normalize(jnp.array([[1.0], [5.0]]), statistics, epsilon=0.0)
+      Array([[0.],
+             [2.]], dtype=float32)
+
+    Source: Ioffe & Szegedy, "Batch Normalization", arXiv 1502.03167.
+    """
+    x = jnp.asarray(x)
+    axes = reduction_axes(x.ndim, axis)
+    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+    args = [x]
+
+    def expand(name: str, value: ArrayLike) -> jax.Array:
+        value = jnp.asarray(value)
+        if value.shape != features:
+            raise ValueError(
+                f"Expected {name} of shape {features}, got {name} of shape "
+                f"{value.shape} for an input of shape {x.shape} and {axis=}. "
+                "Is `axis` the feature axis?"
+            )
+        return jnp.expand_dims(value, axes)
+
+    y = x - expand("mean", statistics.mean)
+    factor = lax.rsqrt(expand("var", statistics.var) + epsilon)
+    if scale is not None:
+        args.append(expand("scale", scale))
+        factor *= args[-1]
+    y *= factor
+    if bias is not None:
+        args.append(expand("bias", bias))
+        y += args[-1]
+    return y.astype(canonicalize_dtype(*args, dtype=dtype))
+
+
+def batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Any = None,
+    use_fast_variance: bool = True,
+    running: Statistics | None = None,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> tuple[jax.Array, Statistics]:
+    r"""Normalizes every value with statistics that are measured on a sample.
+
+    With :math:`S` the sampled positions, :math:`m = |S|`, :math:`s = \sqrt{v +
+    \epsilon}` and :math:`\hat x = (x - \mu) / s`:
+
+    .. math::
+      y = \mathit{scale} \cdot \hat x + \mathit{bias}
+
+    The gradient goes through the statistics, and lands in the sampled positions. With
+    :math:`g = \partial L / \partial y`:
+
+    .. math::
+      \frac{\partial L}{\partial x} = \frac{\mathit{scale}}{s} \left( g -
+      \frac{[x \in S]}{m} \Big( \sum g + \hat x \sum g \hat x \Big) \right)
+
+    Args:
+      x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
+        holds the rows. Any real or complex dtype.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      sampler: which positions are measured; None measures all: ordinary BN.
+      key: random key, for samplers that draw positions.
+      axis: the feature axis or axes.
+      mask: booleans that broadcast to ``x``: False leaves a position out of the
+        statistics. It is normalized all the same.
+      axis_name: see :func:`batch_statistics`.
+      axis_index_groups: see :func:`batch_statistics`.
+      use_fast_variance: see :func:`batch_statistics`.
+      running: see :func:`batch_statistics`.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default that of ``x``, ``scale`` and ``bias``
+        promoted.
+
+    Returns:
+      The normalized array, of the shape of ``x``, and the statistics, ``(C,)``.
+
+    Raises:
+      TypeError: see :func:`batch_statistics`.
+      ValueError: see :func:`batch_statistics` and :func:`normalize`.
+
+    Example:
+      >>> import jax
+      >>> from flax_sbn import BatchSampling, batch_norm
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (128, 16, 16, 8))
+      >>> y, statistics = batch_norm(x, sampler=BatchSampling(8), key=jax.random.key(1))
+      >>> bool(abs(y.mean()) < 0.1 and abs(y.var() - 1) < 0.1)
+      True
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+    statistics = batch_statistics(
+        x,
+        sampler=sampler,
+        key=key,
+        axis=axis,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        use_fast_variance=use_fast_variance,
+        running=running,
+    )
+    y = normalize(x, statistics, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype)
+    return y, statistics

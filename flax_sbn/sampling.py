@@ -1,0 +1,433 @@
+"""Which values are measured: the samplers.
+
+A sampler is geometry. Given the extent of the measured axes (rows first, then the
+spatial axes) and a random key, it says which positions to look at. It never sees
+values, so it applies alike to an activation and to its mask. Letters in shapes: ``N``
+rows, ``H W`` spatial axes (any number of them), ``C`` features.
+
+To add a sampler, write one frozen dataclass with ``needs_key`` and ``parts``.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import ClassVar, Protocol, runtime_checkable
+
+import jax
+
+from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What a sampler provides. Any frozen dataclass with these two is one."""
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the positions are random."""
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses the positions of measured axes of extent ``shape``, rows first."""
+
+
+def needs_key(sampler: Sampler | None) -> bool:
+    """Whether a sampler draws positions, and so needs a random key.
+
+    Raises:
+      TypeError: if ``sampler`` is neither a sampler nor None.
+    """
+    if sampler is None:
+        return False
+    if isinstance(sampler, type) or not isinstance(sampler, Sampler):
+        raise TypeError(
+            f"Expected a sampler such as BatchSampling(8), got {sampler=}. "
+            "Use sampler=None to measure the whole batch."
+        )
+    return sampler.needs_key
+
+
+def sampled_parts(
+    sampler: Sampler | None, shape: tuple[int, ...], key: jax.Array | None
+) -> tuple[Part, ...]:
+    """Checks a sampler against an input's extent and returns what it measures.
+
+    Args:
+      sampler: a sampler, or None for every position.
+      shape: extent of the measured axes, ``(N, *spatial)``.
+      key: random key; may be None where the sampler needs none.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the shape, or its key is missing.
+    """
+    draws = needs_key(sampler)
+    if sampler is None:
+        return (EVERYTHING,)
+    if not shape or math.prod(shape) == 0:
+        raise ValueError(
+            "Expected an input with rows to sample from and no empty axis, got "
+            f"measured axes of {shape=}. Is `axis` the feature axis?"
+        )
+    if draws and key is None:
+        raise ValueError(
+            f"Expected a random key for {sampler}, got {key=}. "
+            "Pass key=jax.random.key(seed), a fresh one each step."
+        )
+    parts = sampler.parts(shape, key)
+    if sum(part.num_values(shape) for part in parts) < 2:
+        raise ValueError(
+            f"Expected at least 2 measured values per feature, got 1 from {sampler} on "
+            f"measured axes of {shape=}. Measure more rows."
+        )
+    return parts
+
+
+def num_measured(sampler: Sampler | None, shape: tuple[int, ...]) -> int:
+    """Returns how many values per feature a sampler measures.
+
+    Args:
+      sampler: a sampler, or None for every position.
+      shape: extent of the measured axes, ``(N, *spatial)``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the shape.
+
+    Example:
+      >>> from flax_sbn import FeatureSampling, num_measured
+      >>> num_measured(FeatureSampling(1 / 64), (128, 32, 32))  # 4 x 4 in each of 128
+      2048
+    """
+    parts = sampled_parts(sampler, shape, jax.random.key(0))
+    return sum(part.num_values(shape) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class NaiveSampling:
+    """Naive Sampling (NS): the last rows of the batch, the same in every layer.
+
+    The paper's baseline. It shows why positions have to be drawn anew in each layer.
+
+    Attributes:
+      num_samples: number of rows measured.
+
+    Raises:
+      ValueError: if ``num_samples`` is no positive int or exceeds the batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax_sbn import NaiveSampling, batch_statistics
+      >>> x = jnp.array([[1.0], [2.0], [4.0], [6.0]])
+      >>> batch_statistics(x, sampler=NaiveSampling(2)).mean
+      Array([5.], dtype=float32)
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    num_samples: int
+
+    needs_key: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(num_samples=self.num_samples)
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses the last ``num_samples`` rows."""
+        rows = stratum_rows(shape[0], 1, num_samples=self.num_samples)
+        return (Part(1.0, (_rows(shape, 1, rows - self.num_samples, rows),)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSampling:
+    """Batch Sampling (BS): a contiguous run of rows at a random place.
+
+    The batch is tiled by runs of ``num_samples`` rows and one of them is measured, so
+    that every row is equally likely where ``num_samples`` divides the batch.
+
+    Attributes:
+      num_samples: number of rows measured, in all strata together.
+      strata: number of equal parts of the batch; each gives ``num_samples / strata``
+        rows at the same random offset. With one stratum a data shard, measuring needs
+        no communication. Strata are ours, not the paper's.
+
+    Raises:
+      ValueError: if a number is no positive int, ``num_samples`` exceeds the batch, or
+        ``strata`` does not divide both.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import BatchSampling, batch_statistics
+      >>> x = jnp.array([[1.0], [1.0], [5.0], [5.0]])
+      >>> means = [
+      ...     batch_statistics(x, sampler=BatchSampling(2), key=jax.random.key(i)).mean
+      ...     for i in range(8)
+      ... ]
+      >>> sorted({float(mean[0]) for mean in means})
+      [1.0, 5.0]
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    num_samples: int
+    strata: int = 1
+
+    needs_key: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_positive(num_samples=self.num_samples, strata=self.strata)
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses a run of rows at one random offset in every stratum."""
+        rows = stratum_rows(shape[0], self.strata, num_samples=self.num_samples)
+        size = self.num_samples // self.strata
+        assert key is not None
+        (start,) = random_tiles(key, [rows], [size])
+        sizes = (size, *shape[1:])
+        starts = (start, *[0] * len(shape[1:]))
+        return (Part(1.0, (Windows(self.strata, starts, sizes),)),)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSampling:
+    r"""Feature Sampling (FS): one random patch of every feature map.
+
+    The patch covers at least ``fraction`` of the spatial extent, with sides near
+    :math:`L \cdot \mathit{fraction}^{1/d}` on the ``d`` spatial axes, and grows until
+    there are ``min_values`` values per feature in the batch. Patches are drawn from a
+    tiling of the map, so that every position is equally likely where the patch's side
+    divides the map's.
+
+    Attributes:
+      fraction: least share of the spatial extent that is measured, in (0, 1].
+      min_values: least number of values per feature, as far as there are so many.
+      groups: the rows are split into the largest number of equal runs that is at most
+        ``groups``, each with a patch of its own. ``groups=1`` is the paper's FS, which
+        lets the noise of the one place into the statistics; groups, and
+        ``min_values``, are ours.
+
+    Raises:
+      ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
+        or the input has no spatial axes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import FeatureSampling, batch_norm, num_measured
+      >>> sampler = FeatureSampling(1 / 64)
+      >>> num_measured(sampler, (128, 32, 32)) / (128 * 32 * 32) == 1 / 64
+      True
+      >>> x = jax.random.normal(jax.random.key(0), (128, 32, 32, 16))
+      >>> y, statistics = batch_norm(x, sampler=sampler, key=jax.random.key(1))
+      >>> y.shape, statistics.mean.shape
+      ((128, 32, 32, 16), (16,))
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    fraction: float
+    min_values: int = 32
+    groups: int = 8
+
+    needs_key: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise ValueError(
+                f"Expected fraction in (0, 1], got fraction={self.fraction!r}. "
+                "The paper uses 1/4 to 1/64."
+            )
+        _check_positive(min_values=self.min_values, groups=self.groups)
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses a patch for each group of rows."""
+        rows, *extent = shape
+        if not extent:
+            raise ValueError(
+                f"Expected an input with spatial axes for {self}, got measured axes of "
+                f"{shape=}. Use BatchSampling for inputs of rows and features only."
+            )
+        groups = max(n for n in range(1, min(self.groups, rows) + 1) if rows % n == 0)
+        sides = self._sides(rows, extent)
+        assert key is not None
+        starts = random_tiles(key, extent, sides, (groups,) if groups > 1 else ())
+        return (Part(1.0, (Windows(groups, (0, *starts), (rows // groups, *sides)),)),)
+
+    def _sides(self, rows: int, extent: list[int]) -> list[int]:
+        """Returns the patch's sides: about the same share of each axis."""
+        share = min(
+            1.0, max(self.fraction, self.min_values / (rows * math.prod(extent)))
+        )
+        sides = list(extent)
+        # Shortest axis first: what rounding up adds there, the longer ones save.
+        order = sorted(range(len(extent)), key=lambda axis: extent[axis])
+        for done, axis in enumerate(order):
+            exact = extent[axis] * share ** (1 / (len(order) - done))
+            sides[axis] = min(extent[axis], math.ceil(exact - 1e-9))
+            share *= extent[axis] / sides[axis]
+        return sides
+
+
+@dataclasses.dataclass(frozen=True)
+class VirtualSampling:
+    """Virtual Dataset Normalization (VDN): measures virtual rows only.
+
+    The virtual rows come from :func:`flax_sbn.append_virtual` at the network's input
+    and leave by :func:`flax_sbn.drop_virtual` before the loss. Without them this
+    measures the last rows of the data, as Naive Sampling does.
+
+    Attributes:
+      num_virtual: number of virtual rows, in all strata together.
+      strata: number of equal parts of the batch, each of which ends with
+        ``num_virtual / strata`` virtual rows (one part a data shard: no communication).
+
+    Raises:
+      ValueError: if a number is no positive int, ``num_virtual`` exceeds the batch, or
+        ``strata`` does not divide both.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax_sbn import VirtualSampling, append_virtual, batch_statistics
+      >>> x = append_virtual(jnp.ones((6, 1)), jnp.array([[-3.0], [3.0]]))
+      >>> batch_statistics(x, sampler=VirtualSampling(2))
+      Statistics(mean=Array([0.], dtype=float32), var=Array([9.], dtype=float32))
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    num_virtual: int
+    strata: int = 1
+
+    needs_key: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_positive(num_virtual=self.num_virtual, strata=self.strata)
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses the last rows of every stratum."""
+        return (Part(1.0, (self.split(shape)[1],)),)
+
+    def split(self, shape: tuple[int, ...]) -> tuple[Windows, Windows]:
+        """Returns the windows of the real and of the virtual rows."""
+        rows = stratum_rows(shape[0], self.strata, num_virtual=self.num_virtual)
+        border = rows - self.num_virtual // self.strata
+        return (
+            _rows(shape, self.strata, 0, border),
+            _rows(shape, self.strata, border, rows),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MixedSampling:
+    r"""Real and virtual rows mixed: FS+VDN, BS+VDN.
+
+    With weight ``w`` on the virtual part, the statistics are those of the mixed
+    population:
+
+    .. math::
+      \mu = w \mu_v + (1 - w) \mu_r, \qquad
+      v = w v_v + (1 - w) v_r + w (1 - w) |\mu_v - \mu_r|^2
+
+    Attributes:
+      real: sampler of the real rows, which are all that it sees.
+      virtual: the virtual rows.
+      virtual_weight: the weight ``w`` in [0, 1]. The paper mixes in a fixed proportion
+        that it does not state; mixing moments with 0.5 is our formulation.
+
+    Raises:
+      TypeError: if ``real`` is no sampler of rows or ``virtual`` no VirtualSampling.
+      ValueError: if ``virtual_weight`` is outside [0, 1], or as the two samplers do.
+
+    Example:
+      >>> from flax_sbn import FeatureSampling, MixedSampling, VirtualSampling
+      >>> MixedSampling(FeatureSampling(1 / 64), VirtualSampling(4)).virtual_weight
+      0.5
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+
+    real: Sampler
+    virtual: VirtualSampling
+    virtual_weight: float = 0.5
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the positions among the real rows are random."""
+        return needs_key(self.real)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.virtual, VirtualSampling):
+            raise TypeError(
+                f"Expected virtual to be a VirtualSampling, got {self.virtual!r}. "
+                "Use MixedSampling(real, VirtualSampling(4))."
+            )
+        if isinstance(self.real, VirtualSampling | MixedSampling | None):
+            raise TypeError(
+                f"Expected real to be a sampler of real rows, got real={self.real!r}. "
+                "Use FeatureSampling or BatchSampling."
+            )
+        needs_key(self.real)
+        if not 0 <= self.virtual_weight <= 1:
+            raise ValueError(
+                "Expected virtual_weight in [0, 1], got "
+                f"virtual_weight={self.virtual_weight!r}. The default is 0.5."
+            )
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses the virtual rows, and the real sampler's positions in the others."""
+        real, virtual = self.virtual.split(shape)
+        if real.shape[0] == 0:
+            raise ValueError(
+                f"Expected num_virtual < batch size for {self}, got "
+                f"num_virtual={self.virtual.num_virtual} and batch size {shape[0]}. "
+                "Append the virtual rows to the data: append_virtual(x, virtual)."
+            )
+        w = self.virtual_weight
+        return (
+            Part(w, (virtual,)),
+            *(
+                Part((1 - w) * part.weight, (real, *part.windows))
+                for part in self.real.parts(real.shape, key)
+            ),
+        )
+
+
+def stratum_rows(rows: int, strata: int, **sample: int) -> int:
+    """Returns the rows of one of ``strata`` equal parts of a batch.
+
+    Args:
+      rows: rows of the batch.
+      strata: number of parts.
+      **sample: the number of sampled rows, under the name by which the user gave it.
+
+    Raises:
+      ValueError: if the sample exceeds the batch, or either cannot be divided.
+    """
+    ((name, count),) = sample.items()
+    if count > rows:
+        raise ValueError(
+            f"Expected {name} <= batch size, got {name}={count} and batch size {rows}. "
+            f"Use a smaller {name}, or sampler=None to measure the whole batch."
+        )
+    if rows % strata or count % strata:
+        raise ValueError(
+            f"Expected batch size and {name} divisible by strata, got {strata=}, "
+            f"{name}={count} and batch size {rows}. Choose strata that divide both."
+        )
+    return rows // strata
+
+
+def _rows(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows:
+    """Returns rows ``start`` to ``stop`` of every stratum, in their whole extent."""
+    spatial = shape[1:]
+    return Windows(strata, (start, *[0] * len(spatial)), (stop - start, *spatial))
+
+
+def _check_positive(**given: int) -> None:
+    for name, value in given.items():
+        if (
+            not isinstance(value, numbers.Integral)
+            or isinstance(value, bool)
+            or value < 1
+        ):
+            raise ValueError(
+                f"Expected {name} to be an int >= 1, got {name}={value!r}."
+            )

@@ -1,0 +1,300 @@
+"""Mean and variance of a batch, or of a sample of it; mixing and running averages.
+
+Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+"""
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+from flax_sbn.sampling import Sampler, sampled_parts
+
+Axis = int | Sequence[int]
+
+
+class Statistics(NamedTuple):
+    """Mean and (biased) variance of every feature.
+
+    Attributes:
+      mean: ``(C,)``, float32 or wider; complex for complex inputs.
+      var: ``(C,)``, real, float32 or wider.
+    """
+
+    mean: jax.Array
+    var: jax.Array
+
+
+class _Moments(NamedTuple):
+    """Statistics, and how many values per feature they come from, each ``(C,)``."""
+
+    num: jax.Array
+    mean: jax.Array
+    var: jax.Array
+
+
+def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
+    """Returns all axes but the feature axes, ascending: rows first, then spatial ones.
+
+    Args:
+      ndim: rank of the input.
+      axis: the feature axis or axes; negative ones count from the end.
+
+    Raises:
+      ValueError: if an axis is out of range.
+
+    Example:
+      >>> reduction_axes(4, -1), reduction_axes(4, 1)
+      ((0, 1, 2), (0, 2, 3))
+    """
+    features = set()
+    for a in (axis,) if isinstance(axis, int) else axis:
+        if not -ndim <= operator.index(a) < ndim:
+            raise ValueError(
+                f"Expected axis in [{-ndim}, {ndim}) for an input of rank {ndim}, got "
+                f"{axis=}. Features last is axis=-1, features first axis=1."
+            )
+        features.add(a % ndim)
+    return tuple(a for a in range(ndim) if a not in features)
+
+
+def batch_statistics(
+    x: ArrayLike,
+    *,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    axis: Axis = -1,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Any = None,
+    use_fast_variance: bool = True,
+    running: Statistics | None = None,
+) -> Statistics:
+    r"""Measures mean and variance of every feature, on a sample of the batch.
+
+    With :math:`S` the sampled positions and :math:`m = |S|`:
+
+    .. math::
+      \mu_c = \frac{1}{m} \sum_{i \in S} x_{ic}, \qquad
+      v_c = \frac{1}{m} \sum_{i \in S} |x_{ic} - \mu_c|^2
+
+    Args:
+      x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
+        holds the rows. Any real or complex dtype; measured in float32 or wider.
+      sampler: which positions are measured; None measures all of them.
+      key: random key, for samplers that draw positions.
+      axis: the feature axis or axes.
+      mask: booleans that broadcast to ``x``: False leaves a position out.
+      axis_name: name of a mapped axis (``shard_map``, ``pmap``, ``vmap``) over whose
+        devices statistics are pooled, weighted by the number of values, with one small
+        all-reduce.
+      axis_index_groups: groups of devices along ``axis_name`` that pool separately.
+      use_fast_variance: measure a whole batch in one pass, as
+        :math:`E|x|^2 - |E x|^2`. A sample is always measured in two.
+      running: statistics returned for a feature of which nothing was measured, because
+        the mask is False at every sampled position; by default mean 0, variance 1.
+        Between devices they serve as origin, which keeps precision.
+
+    Returns:
+      Statistics of shape ``(C,)``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the shape, its key is missing, ``axis`` is
+        out of range or ``mask`` does not broadcast.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import BatchSampling, batch_statistics
+      >>> x = 1000 + jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
+      >>> s = batch_statistics(x, sampler=BatchSampling(16), key=jax.random.key(1))
+      >>> bool((abs(s.mean - 1000) < 0.1).all() and (abs(s.var - 1) < 0.1).all())
+      True
+
+    Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
+    """
+    x = jnp.asarray(x)
+    axes = reduction_axes(x.ndim, axis)
+    parts = sampled_parts(sampler, tuple(x.shape[a] for a in axes), key)
+    if mask is not None:
+        mask = _broadcast_mask(mask, x.shape)
+
+    moments = [
+        _moments(
+            part.take(x, axes),
+            axes,
+            where=None if mask is None else part.take(mask, axes),
+            one_pass=use_fast_variance and sampler is None,
+        )
+        for part in parts
+    ]
+    if axis_name is not None:
+        moments = _pool(moments, axis_name, axis_index_groups, running)
+    statistics = [Statistics(mean, var) for _, mean, var in moments]
+    if mask is None:
+        return mix_statistics(statistics, [part.weight for part in parts])
+
+    # A part of which nothing was measured leaves its weight to the others.
+    weights = [
+        jnp.where(count > 0, part.weight, 0.0)
+        for part, (count, _, _) in zip(parts, moments, strict=True)
+    ]
+    total = sum(weights)
+    measured = mix_statistics(
+        statistics, [weight / jnp.where(total > 0, total, 1.0) for weight in weights]
+    )
+    mean, var = (0.0, 1.0) if running is None else lax.stop_gradient(running)
+    return Statistics(
+        jnp.where(total > 0, measured.mean, mean),
+        jnp.where(total > 0, measured.var, var),
+    )
+
+
+def mix_statistics(
+    statistics: Sequence[Statistics], weights: Sequence[ArrayLike]
+) -> Statistics:
+    r"""Returns the statistics of a mixed population.
+
+    .. math::
+      \mu = \sum_k w_k \mu_k, \qquad
+      v = \sum_k w_k \left( v_k + |\mu_k - \mu|^2 \right)
+
+    Args:
+      statistics: those of each population, ``(C,)``.
+      weights: the share ``w_k`` of each, adding up to one; scalars or ``(C,)``.
+
+    Returns:
+      Statistics of shape ``(C,)``.
+
+    Raises:
+      ValueError: if there is not one weight for each population.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> low = Statistics(jnp.array([-1.0]), jnp.array([2.0]))
+      >>> high = Statistics(jnp.array([3.0]), jnp.array([4.0]))
+      >>> mix_statistics([low, high], [0.5, 0.5])
+      Statistics(mean=Array([1.], dtype=float32), var=Array([7.], dtype=float32))
+    """
+    if len(statistics) != len(weights) or not statistics:
+        raise ValueError(
+            f"Expected one weight for each population, got {len(weights)} weights and "
+            f"{len(statistics)} statistics."
+        )
+    if len(statistics) == 1:
+        return statistics[0]
+    mean = sum(w * s.mean for w, s in zip(weights, statistics, strict=True))
+    var = sum(
+        w * (s.var + _abs_square(s.mean - mean))
+        for w, s in zip(weights, statistics, strict=True)
+    )
+    return Statistics(mean, var)
+
+
+def update_running(
+    running: Statistics, statistics: Statistics, momentum: float
+) -> Statistics:
+    r"""Returns the exponential moving average, which carries no gradient.
+
+    .. math::
+      r \leftarrow r + (1 - \mathit{momentum}) (s - r)
+
+    Args:
+      running: the average so far, ``(C,)``.
+      statistics: those of this step, ``(C,)``.
+      momentum: decay rate of the average, as in flax: the weight of the old value.
+
+    Returns:
+      Statistics of shape ``(C,)``. Where ``statistics`` equals ``running`` nothing
+      changes, not even by rounding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> running = Statistics(jnp.array([0.0]), jnp.array([1.0]))
+      >>> update_running(running, Statistics(jnp.array([2.0]), jnp.array([3.0])), 0.5)
+      Statistics(mean=Array([1.], dtype=float32), var=Array([2.], dtype=float32))
+    """
+    return Statistics(
+        *(
+            r + (1 - momentum) * (lax.stop_gradient(s) - r)
+            for r, s in zip(running, statistics, strict=True)
+        )
+    )
+
+
+def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
+    """Returns ``updated``, or ``running`` where a mask left nothing to measure (NaN)."""
+    return Statistics(
+        *(jnp.where(jnp.isnan(u), r, u) for u, r in zip(updated, running, strict=True))
+    )
+
+
+def _abs_square(x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return lax.square(x.real) + lax.square(x.imag)
+    return lax.square(x)
+
+
+def _broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    mask = jnp.asarray(mask, bool)
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"Expected mask to broadcast to the input, got mask of shape {mask.shape} "
+            f"and input of {shape=}. Give it size 1 on the axes that it does not mask."
+        ) from None
+
+
+def _moments(
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool
+) -> _Moments:
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if where is None:
+        count = jnp.asarray(math.prod(x.shape[a] for a in axes), x.real.dtype)
+    else:
+        # What is masked may be NaN: keep it out of the gradient, too.
+        x = jnp.where(where, x, 0)
+        count = where.sum(axes, dtype=x.real.dtype)
+    divisor = jnp.maximum(count, 1)
+
+    mean = x.sum(axes) / divisor
+    if one_pass:
+        var = jnp.maximum(0, _abs_square(x).sum(axes) / divisor - _abs_square(mean))
+    else:
+        squares = _abs_square(x - jnp.expand_dims(mean, axes))
+        var = squares.sum(axes, where=where) / divisor
+    return _Moments(jnp.broadcast_to(count, var.shape), mean, var)
+
+
+def _pool(
+    moments: list[_Moments],
+    axis_name: str | tuple[str, ...],
+    axis_index_groups: Any,
+    running: Statistics | None,
+) -> list[_Moments]:
+    """Pools moments over devices, all of them in one all-reduce.
+
+    The variance between the devices' means is taken about a common origin near them,
+    because :math:`E|m|^2 - |E m|^2` cancels where the mean is large.
+    """
+    origin = 0.0 if running is None else lax.stop_gradient(running.mean)
+    rows = []
+    for count, mean, var in moments:
+        mean = mean - origin
+        rows += [count, count * mean, count * var, count * _abs_square(mean)]
+    sums = lax.psum(jnp.stack(rows), axis_name, axis_index_groups=axis_index_groups)
+
+    pooled = []
+    for i in range(0, len(rows), len(_Moments._fields) + 1):
+        count, var, square = (sums[j].real for j in (i, i + 2, i + 3))
+        divisor = jnp.maximum(count, 1)
+        mean = sums[i + 1] / divisor
+        between = jnp.maximum(0, square / divisor - _abs_square(mean))
+        pooled.append(_Moments(count, mean + origin, var / divisor + between))
+    return pooled

@@ -1,0 +1,150 @@
+"""Blocks of positions, and how to take them out of an array.
+
+Samplers answer in these terms; statistics, and whatever else needs the measured values,
+read them through :meth:`Part.take`. Letters in shapes: ``N`` rows, ``H W`` spatial axes
+(any number of them), ``C`` features.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Up to this many runs it is faster to slice each run by itself: one gather for all of
+# them turns into a scatter in the backward pass. Beyond it, compile time suffers.
+_MAX_UNROLLED_RUNS = 16
+
+Start = int | jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Windows:
+    """Equal blocks of positions, one in each of ``runs`` equal runs of rows.
+
+    Attributes:
+      runs: number of equal, contiguous runs that the rows are split into.
+      starts: first position of the block on each axis, ``(N, *spatial)``, rows counted
+        from the beginning of the run: an int, a scalar array, or one entry a run.
+      sizes: extent of every block on each axis.
+    """
+
+    runs: int
+    starts: tuple[Start, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Extent of all blocks together, one after the other along the rows."""
+        return (self.runs * self.sizes[0], *self.sizes[1:])
+
+    def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Returns the blocks, one after the other along the rows.
+
+        Args:
+          x: an array whose axes ``axes`` (ascending, rows first) are those of the
+            windows.
+          axes: the measured axes of ``x``.
+
+        Returns:
+          An array with the rank and axis order of ``x``.
+        """
+        rows = axes[0]
+        before, after = x.shape[:rows], x.shape[rows + 1 :]
+        x = x.reshape(*before, self.runs, x.shape[rows] // self.runs, *after)
+        # Axis `rows` now counts runs, and each measured axis has moved up by one.
+        starts: list[Start] = [0] * x.ndim
+        sizes = list(x.shape)
+        for axis, start, size in zip(axes, self.starts, self.sizes, strict=True):
+            starts[axis + 1], sizes[axis + 1] = start, size
+
+        if all(jnp.ndim(start) == 0 for start in starts):
+            blocks = _slice(x, starts, sizes)
+        else:
+            sizes[rows] = 1
+            each = [jnp.broadcast_to(start, (self.runs,)) for start in starts]
+            if self.runs <= _MAX_UNROLLED_RUNS:
+                parts = lax.split(x, (1,) * self.runs, axis=rows)
+                blocks = jnp.concatenate(
+                    [
+                        lax.dynamic_slice(part, [start[i] for start in each], sizes)
+                        for i, part in enumerate(parts)
+                    ],
+                    axis=rows,
+                )
+            else:
+                blocks = jax.vmap(
+                    lambda part, *start: lax.dynamic_slice(part, start, sizes),
+                    in_axes=(rows, *[0] * len(each)),
+                    out_axes=rows,
+                )(jnp.expand_dims(x, rows + 1), *each)
+        return blocks.reshape(*before, self.shape[0], *sizes[rows + 2 :])
+
+
+def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
+    fixed = [start for start in starts if isinstance(start, int)]
+    if len(fixed) < len(starts):
+        return lax.dynamic_slice(x, starts, sizes)
+    return lax.slice(x, fixed, [a + n for a, n in zip(fixed, sizes, strict=True)])
+
+
+class Part(NamedTuple):
+    """Positions that are measured together.
+
+    Attributes:
+      weight: weight of this part's moments in the statistics; those of all parts add up
+        to one.
+      windows: applied one after the other; none at all means every position.
+    """
+
+    weight: float
+    windows: tuple[Windows, ...]
+
+    def num_values(self, shape: tuple[int, ...]) -> int:
+        """Returns how many values per feature are measured, of extent ``shape``."""
+        return math.prod(self.windows[-1].shape if self.windows else shape)
+
+    def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Returns the measured values of ``x``, in its rank and axis order."""
+        for windows in self.windows:
+            x = windows.take(x, axes)
+        return x
+
+
+EVERYTHING = Part(weight=1.0, windows=())
+
+
+def random_tiles(
+    key: jax.Array,
+    lengths: Sequence[int],
+    sizes: Sequence[int],
+    draws: tuple[int, ...] = (),
+) -> list[Start]:
+    r"""Draws one tile of each axis and returns where it starts.
+
+    ``L`` positions are covered by :math:`\lceil L / n \rceil` tiles of ``n``, the last
+    one moved inwards where ``n`` does not divide ``L``. Where it does, every position
+    is measured equally often and the sampled mean is unbiased. (A start drawn among all
+    ``L - n + 1`` would look at the first position ``n`` times less often than at the
+    centre, which matters at the zero-padded borders of a feature map.)
+
+    Args:
+      key: random key.
+      lengths: extent of each axis.
+      sizes: extent of the tile on each axis.
+      draws: shape of the independent draws.
+
+    Returns:
+      A start for each axis: an int32 array of shape ``draws``, or 0 for a whole axis.
+    """
+    tiles = jnp.array([-(-n // size) for n, size in zip(lengths, sizes, strict=True)])
+    index = jax.random.randint(
+        key, (len(sizes), *draws), 0, tiles.reshape(-1, *[1] * len(draws))
+    )
+    return [
+        0 if size == length else jnp.minimum(index[i] * size, length - size)
+        for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))
+    ]
