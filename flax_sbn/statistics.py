@@ -3,6 +3,7 @@
 Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -188,10 +189,10 @@ def mix_statistics(
         )
     if len(statistics) == 1:
         return statistics[0]
-    mean = sum(w * s.mean for w, s in zip(weights, statistics, strict=True))
-    var = sum(
-        w * (s.var + _abs_square(s.mean - mean))
-        for w, s in zip(weights, statistics, strict=True)
+    pairs = list(zip(weights, statistics, strict=True))
+    mean = functools.reduce(operator.add, (w * s.mean for w, s in pairs))
+    var = functools.reduce(
+        operator.add, (w * (s.var + _abs_square(s.mean - mean)) for w, s in pairs)
     )
     return Statistics(mean, var)
 
@@ -228,7 +229,7 @@ def update_running(
 
 
 def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
-    """Returns ``updated``, or ``running`` where a mask left nothing to measure (NaN)."""
+    """Returns ``updated``, or ``running`` where nothing was measured and it is NaN."""
     return Statistics(
         *(jnp.where(jnp.isnan(u), r, u) for u, r in zip(updated, running, strict=True))
     )

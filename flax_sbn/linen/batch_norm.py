@@ -86,8 +86,8 @@ class BatchNorm(nn.BatchNorm):
             return super().__call__(x, use_running_average, mask=mask)
 
         features = [n for a, n in enumerate(x.shape) if a not in axes]
+        running = self._running(features)
         if self.sampler is None:
-            running = self._running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
                 self._set_running(keep_unmeasured(self._running(features), running))
@@ -99,7 +99,6 @@ class BatchNorm(nn.BatchNorm):
                 f"layer {'/'.join(self.path) or self.name!r}. Pass "
                 "rngs={'sampling': key} to apply, a fresh key each step."
             )
-        running = self._running(features)
         scale = bias = None
         if self.use_scale:
             scale = self.param("scale", self.scale_init, features, self.param_dtype)
