@@ -157,7 +157,7 @@ def batch_statistics(
 
 
 def mix_statistics(
-    statistics: Sequence[Statistics], weights: Sequence[ArrayLike]
+    statistics: Sequence[Statistics], weights: Sequence[float | jax.Array]
 ) -> Statistics:
     r"""Returns the statistics of a mixed population.
 
