@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Up to this many runs it is faster to slice each run by itself: one gather for all of
-# them turns into a scatter in the backward pass. Beyond it, compile time suffers.
-_MAX_UNROLLED_RUNS = 16
+from flax_sbn.batched_slice import batched_slice
 
 Start = int | jax.Array
 
@@ -64,24 +62,12 @@ class Windows:
         if all(jnp.ndim(start) == 0 for start in starts):
             blocks = _slice(x, starts, sizes)
         else:
-            sizes[rows] = 1
+            x = jnp.moveaxis(x, rows, 0)
+            del starts[rows], sizes[rows]
             each = [jnp.broadcast_to(start, (self.runs,)) for start in starts]
-            if self.runs <= _MAX_UNROLLED_RUNS:
-                parts = lax.split(x, (1,) * self.runs, axis=rows)
-                blocks = jnp.concatenate(
-                    [
-                        lax.dynamic_slice(part, [start[i] for start in each], sizes)
-                        for i, part in enumerate(parts)
-                    ],
-                    axis=rows,
-                )
-            else:
-                blocks = jax.vmap(
-                    lambda part, *start: lax.dynamic_slice(part, start, sizes),
-                    in_axes=(rows, *[0] * len(each)),
-                    out_axes=rows,
-                )(jnp.expand_dims(x, rows + 1), *each)
-        return blocks.reshape(*before, self.shape[0], *sizes[rows + 2 :])
+            blocks = batched_slice(x, jnp.stack(each, axis=1), sizes)
+            blocks = jnp.moveaxis(blocks, 0, rows)
+        return blocks.reshape(*before, self.shape[0], *blocks.shape[rows + 2 :])
 
 
 def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
@@ -140,10 +126,12 @@ def random_tiles(
     Returns:
       A start for each axis: an int32 array of shape ``draws``, or 0 for a whole axis.
     """
-    tiles = jnp.array([-(-n // size) for n, size in zip(lengths, sizes, strict=True)])
-    index = jax.random.randint(
-        key, (len(sizes), *draws), 0, tiles.reshape(-1, *[1] * len(draws))
-    )
+    tiles = jnp.array(
+        [-(-n // size) for n, size in zip(lengths, sizes, strict=True)], jnp.uint32
+    ).reshape(-1, *[1] * len(draws))
+    # `randint` hashes three times as much to be rid of a bias of tiles / 2^32.
+    index = jax.random.bits(key, (len(sizes), *draws), jnp.uint32) % tiles
+    index = index.astype(jnp.int32)
     return [
         0 if size == length else jnp.minimum(index[i] * size, length - size)
         for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))

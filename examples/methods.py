@@ -1,0 +1,167 @@
+"""The normalizations that can be compared, and how to write them on a command line.
+
+A method is ``bn``, ``gn`` or ``none``, or a sampler in short form: ``ns:1``, ``bs:4``,
+``fs:1/64``, ``vdn:2``, or two of them mixed, ``fs:1/64+vdn:4``. Amounts are rows, or
+for FS the share of each feature map; without them the paper's are used. Any other
+sampler is written as in Python: ``FeatureSampling(1/16, groups=1)``.
+"""
+
+import ast
+import dataclasses
+import math
+from fractions import Fraction
+from typing import Any
+
+import jax
+
+import flax_sbn as sbn
+
+NAMES = ("bn", "ns", "bs", "fs", "vdn", "fs+vdn", "bs+vdn", "gn", "none")
+DEFAULT = ("bn", "ns:1", "bs:4", "fs:1/64", "vdn:2", "fs:1/64+vdn:4")
+
+_AMOUNTS = {"ns": "1", "bs": "4", "fs": "1/64", "vdn": "2"}
+_SAMPLERS = {
+    cls.__name__: cls
+    for cls in (
+        sbn.NaiveSampling,
+        sbn.BatchSampling,
+        sbn.FeatureSampling,
+        sbn.VirtualSampling,
+        sbn.MixedSampling,
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A normalization to train with.
+
+    Attributes:
+      name: as the user wrote it; the label in tables and plots.
+      kind: ``'batch'``, ``'group'`` or ``'none'``.
+      sampler: what batch normalization measures; None measures all of the batch.
+    """
+
+    name: str
+    kind: str = "batch"
+    sampler: sbn.Sampler | None = None
+
+    @property
+    def num_virtual(self) -> int:
+        """How many virtual rows the sampler expects in the batch."""
+        sampler = self.sampler
+        if isinstance(sampler, sbn.MixedSampling):
+            sampler = sampler.virtual
+        return sampler.num_virtual if isinstance(sampler, sbn.VirtualSampling) else 0
+
+    @property
+    def strata(self) -> int:
+        """Into how many equal parts of the batch the virtual rows go."""
+        return getattr(getattr(self.sampler, "virtual", self.sampler), "strata", 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """A sampler that counts what another one measures; it serves for shape tracing.
+
+    Attributes:
+      sampler: the sampler to count for; None measures everything.
+      counts: appended to at each use: values measured and values in all.
+    """
+
+    sampler: sbn.Sampler | None
+    counts: list[tuple[int, int]] = dataclasses.field(compare=False)
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether the sampler draws positions."""
+        return self.sampler is not None and self.sampler.needs_key
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> Any:
+        """Chooses what the sampler chooses, and counts it."""
+        self.counts.append((sbn.num_measured(self.sampler, shape), math.prod(shape)))
+        sampler = self.sampler or sbn.NaiveSampling(shape[0])
+        return sampler.parts(shape, key)
+
+
+def parse_method(text: str) -> Method:
+    """Reads a method in short form.
+
+    Raises:
+      ValueError: if it is none.
+
+    Example:
+      >>> parse_method("fs:1/16").sampler
+      FeatureSampling(fraction=0.0625, min_values=32, groups=8)
+    """
+    if text in ("bn", "gn", "none"):
+        kind = {"bn": "batch", "gn": "group", "none": "none"}[text]
+        return Method(text, kind)
+    try:
+        parts = [_parse_short(part) for part in text.split("+")]
+        match parts:
+            case [sampler]:
+                return Method(text, sampler=sampler)
+            case [real, sbn.VirtualSampling() as virtual]:
+                return Method(text, sampler=sbn.MixedSampling(real, virtual))
+    except KeyError:
+        pass
+    raise ValueError(
+        f"Expected a method such as {', '.join(NAMES)} or fs:1/64+vdn:4, got {text!r}."
+    )
+
+
+def _parse_short(text: str) -> sbn.Sampler:
+    name, _, amount = text.partition(":")
+    amount = amount or _AMOUNTS[name]
+    try:
+        if name == "fs":
+            return sbn.FeatureSampling(float(Fraction(amount)))
+        rows = int(amount)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"Expected {name}:AMOUNT such as {name}:{_AMOUNTS[name]}, got {text!r}. "
+            f"{error}"
+        ) from error
+    cls = {
+        "ns": sbn.NaiveSampling,
+        "bs": sbn.BatchSampling,
+        "vdn": sbn.VirtualSampling,
+    }
+    return cls[name](rows)
+
+
+def parse_sampler(text: str) -> Method:
+    """Reads a sampler written as in Python, without running it as code.
+
+    Raises:
+      ValueError: if it is not a call of one of the library's samplers.
+
+    Example:
+      >>> parse_sampler("BatchSampling(8, strata=4)").sampler
+      BatchSampling(num_samples=8, strata=4)
+    """
+    try:
+        sampler = _evaluate(ast.parse(text, mode="eval").body)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"Expected a sampler, got {text!r}. {error}") from error
+    if not isinstance(sampler, sbn.Sampler):
+        raise ValueError(f"Expected one of {', '.join(_SAMPLERS)}(...), got {text!r}.")
+    return Method(text, sampler=sampler)
+
+
+def _evaluate(node: ast.expr) -> Any:
+    match node:
+        case ast.Constant(value=int() | float() as value):
+            return value
+        case ast.BinOp(left=left, op=ast.Div(), right=right):
+            return _evaluate(left) / _evaluate(right)
+        case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
+            if name in _SAMPLERS:
+                return _SAMPLERS[name](
+                    *map(_evaluate, args),
+                    **{str(k.arg): _evaluate(k.value) for k in keywords},
+                )
+    raise ValueError(
+        f"Expected numbers and {', '.join(_SAMPLERS)}, got {ast.unparse(node)!r}."
+    )

@@ -1,0 +1,311 @@
+"""Trains an image classifier with several normalizations and compares them.
+
+By default: scikit-learn's real 8 x 8 digits, a small residual network, and plain batch
+norm against the sampled ones, two seeds each, in about two minutes on two CPU cores.
+Results go to a new folder under runs/: curves.png, results.json, results.csv.
+"""
+
+import argparse
+import datetime
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+import flax_sbn
+import methods
+from data import DataError, Dataset, load_cifar10, load_digits
+from report import Report, Run
+from training import DTYPES, MODELS, NETWORKS, Settings, Trainer
+
+_TIMING_ROUNDS = 15
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  train.py                                    # the comparison on digits\n"
+        "  train.py --norm bn bs:16 bs:4 bs:1 --seeds 3\n"
+        '  train.py --norm bn --sampler "FeatureSampling(1/16, groups=1)"\n'
+        "  train.py --dataset cifar10 --data-dir DIR --model resnet20 --epochs 60\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what to compare")
+    what.add_argument(
+        "--norm",
+        nargs="+",
+        metavar="NAME",
+        help=f"any of {', '.join(methods.NAMES)}; an amount may follow: bs:8 measures "
+        "8 rows, fs:1/16 that share of each map, vdn:4 four virtual rows, "
+        f"fs:1/64+vdn:4 both (default: {' '.join(methods.DEFAULT)})",
+    )
+    what.add_argument(
+        "--sampler",
+        nargs="+",
+        metavar="CALL",
+        default=[],
+        help='samplers as in Python, such as "BatchSampling(8, strata=4)"; they are '
+        "compared with those of --norm, which is then bn unless given",
+    )
+    what.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    what.add_argument(
+        "--seeds", type=int, default=2, help="trainings per method (default: 2)"
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
+    data.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with CIFAR-10: its python or binary version, or cifar10_jpeg.npz",
+    )
+    data.add_argument(
+        "--train-size", type=int, metavar="N", help="use only N training images"
+    )
+    data.add_argument(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        help="random crops and flips (default: for cifar10)",
+    )
+
+    how = parser.add_argument_group("how to train")
+    default = Settings()
+    how.add_argument("--model", choices=tuple(MODELS), default=default.model)
+    how.add_argument(
+        "--width",
+        type=int,
+        default=default.width,
+        help="features of the first stage (default: %(default)s)",
+    )
+    how.add_argument("--api", choices=tuple(NETWORKS), default=default.api)
+    how.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
+    how.add_argument(
+        "--batch-size", type=int, default=default.batch_size, help="(%(default)s)"
+    )
+    how.add_argument(
+        "--learning-rate",
+        type=float,
+        default=default.learning_rate,
+        help="peak of the warm-up and cosine schedule (%(default)s)",
+    )
+    how.add_argument(
+        "--weight-decay", type=float, default=default.weight_decay, help="(%(default)s)"
+    )
+    how.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default=default.dtype,
+        help="of the computation; parameters and statistics are float32 (%(default)s)",
+    )
+
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new folder for the results (default: one under runs/, named by the time)",
+    )
+    args = parser.parse_args(argv)
+    for name in ("seeds", "train_size", "width", "epochs", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if (args.dataset == "cifar10") != (args.data_dir is not None):
+        parser.error("--dataset cifar10 and --data-dir DIR go together")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the comparison and returns the exit status."""
+    args = parse(argv)
+    console = Console()
+    try:
+        dataset = load_cifar10(args.data_dir) if args.data_dir else load_digits()
+        dataset = dataset.limited(args.train_size)
+        trainers = make_trainers(args, dataset)
+        folder = new_folder(args.out, f"{dataset.name}-{args.model}")
+    except (DataError, ValueError, FileExistsError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+
+    report = Report(
+        folder,
+        describe(args, dataset),
+        {trainer.method.name: trainer.measured for trainer in trainers},
+    )
+    status = 0
+    try:
+        with progress_bar(console) as progress:
+            train_all(args, trainers, report, progress)
+        report.relative_time = time_steps(trainers)
+    except KeyboardInterrupt:
+        status = 130
+        console.print("Interrupted; these are the results so far.")
+    report.write()
+    console.print(report.table())
+    console.print(f"Curves and numbers: {folder}")
+    return status
+
+
+def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
+    """Checks every method against the settings before any of them trains."""
+    names = args.norm or (["bn"] if args.sampler else methods.DEFAULT)
+    chosen = [methods.parse_method(name) for name in names]
+    chosen += [methods.parse_sampler(text) for text in args.sampler]
+    settings = Settings(
+        model=args.model,
+        api=args.api,
+        width=args.width,
+        batch_size=args.batch_size,
+        epochs=args.epochs,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        dtype=args.dtype,
+        augment=dataset.augment if args.augment is None else args.augment,
+    )
+    return [Trainer(settings, method, dataset) for method in dict.fromkeys(chosen)]
+
+
+def new_folder(wanted: Path | None, name: str) -> Path:
+    """Makes a folder that did not exist before.
+
+    Raises:
+      FileExistsError: if ``wanted`` exists: results are never overwritten.
+    """
+    if wanted is not None:
+        if wanted.exists():
+            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
+        wanted.mkdir(parents=True)
+        return wanted
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+def describe(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
+    """Returns what a reader of the results has to know about them."""
+    device = jax.devices()[0]
+    return {
+        "title": f"{args.model} ({args.api}) on {dataset.name}, batch "
+        f"{args.batch_size}, {args.epochs} epochs, {args.dtype}, {device.device_kind}",
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+        },
+        "train_images": len(dataset.train_images),
+        "test_images": len(dataset.test_images),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "versions": {
+            "flax_sbn": flax_sbn.__version__,
+            "jax": jax.__version__,
+            "flax": flax.__version__,
+            "python": sys.version.split()[0],
+        },
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def train_all(
+    args: argparse.Namespace,
+    trainers: list[Trainer],
+    report: Report,
+    progress: Progress,
+) -> None:
+    """Trains every method with every seed and writes the report after each."""
+    seeds = range(args.seed, args.seed + args.seeds)
+    total = len(trainers) * len(seeds)
+    task = progress.add_task("", numbers="", total=total * args.epochs)
+    for done, (trainer, seed) in enumerate(itertools.product(trainers, seeds)):
+        run = Run(trainer.method.name, seed)
+        report.runs.append(run)
+        train_one(trainer, run, progress, task, done * args.epochs)
+        run.complete = True
+        report.write()
+        progress.console.print(
+            f"{done + 1:3d}/{total}  {run.method}, seed {seed}: test accuracy "
+            f"{run.test_accuracy[-1]:.1%}, {run.seconds:.0f} s"
+        )
+
+
+def train_one(
+    trainer: Trainer, run: Run, progress: Progress, task: TaskID, before: int
+) -> None:
+    """Trains once, filling in ``run`` and moving the progress bar."""
+    begin = time.monotonic()
+    progress.update(
+        task, description=f"{run.method}, seed {run.seed}", numbers="compiling"
+    )
+    for now in trainer.train(run.seed):
+        progress.update(
+            task,
+            completed=before + now.epoch - 1 + now.step / now.steps,
+            numbers=f"epoch {now.epoch}/{trainer.settings.epochs}  "
+            f"loss {now.loss:.3f}  accuracy {now.accuracy:.1%}  {now.images_per_second:,.0f} images/s",
+        )
+        run.seconds = time.monotonic() - begin
+        if now.test_accuracy is not None:
+            run.loss.append(now.loss)
+            run.train_accuracy.append(now.accuracy)
+            run.test_accuracy.append(now.test_accuracy)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Returns a bar that shows the run, loss, accuracy, speed and time left."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def time_steps(trainers: list[Trainer]) -> dict[str, float]:
+    """Returns each method's time a step relative to the first one's.
+
+    Steps are interleaved, so that whatever else the machine does hits all methods
+    alike, and the ratio is the median over the rounds.
+    """
+    states = [trainer.init(seed=0) for trainer in trainers]
+    seconds: list[list[float]] = [[] for _ in trainers]
+    for _ in range(_TIMING_ROUNDS):
+        for i, trainer in enumerate(trainers):
+            begin = time.perf_counter()
+            states[i] = jax.block_until_ready(trainer.step(states[i], trainer.data))
+            seconds[i].append(time.perf_counter() - begin)
+    return {
+        trainer.method.name: statistics.median(
+            mine / first for mine, first in zip(times, seconds[0], strict=True)
+        )
+        for trainer, times in zip(trainers, seconds, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

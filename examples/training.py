@@ -1,0 +1,394 @@
+"""One training run: the jitted step, evaluation, and the loop that reports progress.
+
+Everything lives on the device: the images as uint8, the epoch's order, the totals of
+loss and accuracy. The host dispatches one compiled step after the other and looks at
+the totals a few times a second.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import flax_sbn as sbn
+from data import Dataset
+from methods import Method, Tally
+from models import MLP, NnxMLP, NnxResNet, ResNet, linen_norm, nnx_norm
+
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet8": {"blocks": 1},
+    "resnet20": {"blocks": 3},
+    "mlp": {},
+}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+_REFRESH_SECONDS = 0.25
+_EVAL_BATCH = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison have in common."""
+
+    model: str = "resnet8"
+    api: str = "linen"
+    width: int = 16
+    batch_size: int = 128
+    epochs: int = 20
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    dtype: str = "float32"
+    augment: bool = False
+
+
+class Network(Protocol):
+    """A model with functional parameters: the same three calls for linen and nnx."""
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters, and whatever else changes in training."""
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits and the changed rest."""
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits."""
+
+
+class LinenNetwork:
+    """A linen model of the settings."""
+
+    def __init__(
+        self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
+    ) -> None:
+        dtype = DTYPES[settings.dtype]
+
+        def model(train: bool) -> Any:
+            norm = linen_norm(method, train, dtype)
+            if settings.model == "mlp":
+                return MLP(classes, norm, (8 * settings.width,) * 2, dtype)
+            widths = (settings.width, 2 * settings.width, 4 * settings.width)
+            return ResNet(
+                classes, norm, widths=widths, dtype=dtype, **MODELS[settings.model]
+            )
+
+        self.shape = shape
+        self.trained, self.evaluated = model(True), model(False)
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters and running statistics."""
+        variables = self.trained.init(key, jnp.zeros((1, *self.shape)))
+        return variables["params"], variables.get("batch_stats", {})
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits and running statistics."""
+        logits, updates = self.trained.apply(
+            {"params": params, "batch_stats": rest},
+            x,
+            mutable=["batch_stats"],
+            rngs={"sampling": key},
+        )
+        return logits, updates.get("batch_stats", {})
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits, normalized with the running statistics."""
+        return self.evaluated.apply({"params": params, "batch_stats": rest}, x)
+
+
+class NnxNetwork:
+    """An nnx model of the settings."""
+
+    def __init__(
+        self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
+    ) -> None:
+        dtype = DTYPES[settings.dtype]
+        norm = nnx_norm(method, dtype)
+
+        def model(rngs: nnx.Rngs) -> nnx.Module:
+            if settings.model == "mlp":
+                inputs, widths = (
+                    shape[0] * shape[1] * shape[2],
+                    (8 * settings.width,) * 2,
+                )
+                return NnxMLP(
+                    inputs, classes, norm, widths=widths, dtype=dtype, rngs=rngs
+                )
+            return NnxResNet(
+                shape[2],
+                classes,
+                norm,
+                widths=(settings.width, 2 * settings.width, 4 * settings.width),
+                dtype=dtype,
+                rngs=rngs,
+                **MODELS[settings.model],
+            )
+
+        self.model = model
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters; running statistics and random streams."""
+        state = nnx.state(self.model(nnx.Rngs(key)))
+        params, rest = nnx.split_state(state, nnx.Param, ...)
+        return params, rest
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits; running statistics and random streams."""
+        model = nnx.merge(self.graph, params, rest, copy=True)
+        logits = model(x)
+        return logits, nnx.state(model, nnx.Not(nnx.Param))
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits, normalized with the running statistics."""
+        model = nnx.merge(self.graph, params, rest)
+        model.eval()
+        return model(x)
+
+
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "linen": LinenNetwork,
+    "nnx": NnxNetwork,
+}
+
+
+class State(NamedTuple):
+    """Everything that a step changes, on the device."""
+
+    params: Any
+    rest: Any
+    optimizer: Any
+    key: jax.Array
+    order: jax.Array  # of the images in this epoch
+    step: jax.Array  # in this epoch
+    loss: jax.Array  # sum over the epoch's images so far
+    correct: jax.Array  # likewise
+
+
+class Epoch(NamedTuple):
+    """How an epoch is going, or went when ``done``."""
+
+    epoch: int
+    step: int
+    steps: int
+    loss: float
+    accuracy: float
+    images_per_second: float
+    test_accuracy: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether the epoch is over and evaluated."""
+        return self.test_accuracy is not None
+
+
+class Trainer:
+    """Trains a network with one method; compiles once for all seeds."""
+
+    def __init__(self, settings: Settings, method: Method, dataset: Dataset) -> None:
+        """Checks that the method fits the settings, without computing anything.
+
+        Raises:
+          ValueError: if it does not: a sample larger than the batch, for instance.
+        """
+        self.settings, self.method = settings, method
+        self.classes = dataset.num_classes
+        size = len(dataset.train_images)
+        if not 1 <= settings.batch_size <= size:
+            raise ValueError(
+                f"Expected a batch size between 1 and the {size} training images, got "
+                f"batch_size={settings.batch_size}."
+            )
+        self.steps = size // settings.batch_size
+        self.shape = dataset.train_images.shape[1:]
+        self.network = NETWORKS[settings.api](
+            settings, method, self.shape, self.classes
+        )
+        self.optimizer = _optimizer(settings, self.steps)
+        self.measured = self._measured(dataset)
+
+        self.data = jax.device_put((dataset.train_images, dataset.train_labels))
+        pixels = dataset.train_images.reshape(-1, self.shape[-1])
+        self.mean = jnp.asarray(pixels.mean(0), jnp.float32)
+        self.std = jnp.asarray(pixels.std(0), jnp.float32)
+        self.test = _test_batches(dataset)
+        self.step = jax.jit(self._step, donate_argnums=0)
+        self._init = jax.jit(self._initial)
+        self._evaluate = jax.jit(self._correct)
+        self._start_epoch = jax.jit(self._shuffle, donate_argnums=0)
+
+    def init(self, seed: int) -> State:
+        """Returns the state before the first step."""
+        return self._init(jax.random.key(seed))
+
+    def train(self, seed: int) -> Iterator[Epoch]:
+        """Trains from the start; yields progress a few times a second."""
+        state = self.init(seed)
+        for epoch in range(1, self.settings.epochs + 1):
+            state = self._start_epoch(state)
+            begin = shown = time.monotonic()
+            for step in range(1, self.steps + 1):
+                state = self.step(state, self.data)
+                if time.monotonic() - shown > _REFRESH_SECONDS and step < self.steps:
+                    yield self._progress(state, epoch, step, begin)
+                    shown = time.monotonic()
+            progress = self._progress(state, epoch, self.steps, begin)
+            yield progress._replace(test_accuracy=self.test_accuracy(state))
+
+    def test_accuracy(self, state: State) -> float:
+        """Returns the share of test images that are classified correctly."""
+        correct = [
+            self._evaluate(state.params, state.rest, *batch) for batch in self.test
+        ]
+        return float(sum(correct)) / sum(int((y >= 0).sum()) for _, y in self.test)
+
+    def _progress(self, state: State, epoch: int, step: int, begin: float) -> Epoch:
+        loss, correct = jax.device_get((state.loss, state.correct))
+        seen = step * self.settings.batch_size
+        rate = seen / (time.monotonic() - begin)
+        return Epoch(
+            epoch, step, self.steps, float(loss) / seen, float(correct) / seen, rate
+        )
+
+    def _initial(self, key: jax.Array) -> State:
+        key, init_key = jax.random.split(key)
+        params, rest = self.network.init(init_key)
+        order = jnp.zeros(len(self.data[0]), jnp.int32)
+        return State(params, rest, self.optimizer.init(params), key, order, *_zeros())
+
+    def _shuffle(self, state: State) -> State:
+        key, order_key = jax.random.split(state.key)
+        order = jax.random.permutation(order_key, len(state.order)).astype(jnp.int32)
+        return State(*state[:3], key, order, *_zeros())
+
+    def _scale(self, images: jax.Array) -> jax.Array:
+        return (images.astype(jnp.float32) - self.mean) / self.std
+
+    def _step(self, state: State, data: tuple[jax.Array, jax.Array]) -> State:
+        rows = self.settings.batch_size
+        keys = jax.random.split(state.key, 4)
+        picked = jax.lax.dynamic_slice_in_dim(state.order, state.step * rows, rows)
+        images, labels = data[0][picked], data[1][picked]
+        if self.settings.augment:
+            images = _crop_and_flip(images, keys[1])
+
+        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
+            logits, rest = self._logits(params, state.rest, images, keys[2], keys[3])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), (losses.sum(), logits, rest)
+
+        (_, (loss, logits, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        return State(
+            optax.apply_updates(state.params, updates),
+            rest,
+            optimizer,
+            keys[0],
+            state.order,
+            state.step + 1,
+            state.loss + loss,
+            state.correct + (logits.argmax(-1) == labels).sum(),
+        )
+
+    def _logits(
+        self,
+        params: Any,
+        rest: Any,
+        images: jax.Array,
+        sampling_key: jax.Array,
+        virtual_key: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        x = self._scale(images)
+        count, strata = self.method.num_virtual, self.method.strata
+        if count == 0:
+            return self.network.train(params, rest, x, sampling_key)
+        # VDN is these three lines: append at the input, measure in the layers (the
+        # sampler says so), drop before the loss.
+        x = sbn.append_virtual(
+            x, sbn.virtual_samples(virtual_key, count, x.shape[1:]), strata
+        )
+        logits, rest = self.network.train(params, rest, x, sampling_key)
+        return sbn.drop_virtual(logits, count, strata), rest
+
+    def _correct(
+        self, params: Any, rest: Any, images: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        logits = self.network.evaluate(params, rest, self._scale(images))
+        return (logits.argmax(-1) == labels).sum()
+
+    def _measured(self, dataset: Dataset) -> float | None:
+        """Traces a forward pass and returns the share of values that is measured."""
+        if self.method.kind != "batch":
+            return None
+        counts: list[tuple[int, int]] = []
+        method = dataclasses.replace(
+            self.method, sampler=Tally(self.method.sampler, counts)
+        )
+        network = NETWORKS[self.settings.api](
+            self.settings, method, self.shape, self.classes
+        )
+        rows = self.settings.batch_size + self.method.num_virtual
+
+        def forward(key: jax.Array) -> jax.Array:
+            x = jnp.zeros((rows, *self.shape))
+            return network.train(*network.init(key), x, key)[0]
+
+        jax.eval_shape(forward, jax.random.key(0))
+        return sum(n for n, _ in counts) / sum(total for _, total in counts)
+
+
+def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:
+    return jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros((), jnp.int32)
+
+
+def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
+    total = settings.epochs * steps
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, settings.learning_rate, max(1, total // 10), max(2, total)
+    )
+    return optax.chain(
+        optax.add_decayed_weights(settings.weight_decay, mask=_is_kernel),
+        optax.sgd(schedule, momentum=0.9, nesterov=True),
+    )
+
+
+def _is_kernel(params: Any) -> Any:
+    return jax.tree.map(lambda param: jnp.ndim(param) > 1, params)
+
+
+def _test_batches(dataset: Dataset) -> list[tuple[jax.Array, jax.Array]]:
+    """Returns the test set in batches of one size; padding has label -1."""
+    size = min(_EVAL_BATCH, len(dataset.test_images))
+    padding = -len(dataset.test_images) % size
+    images = jnp.pad(dataset.test_images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    labels = jnp.pad(dataset.test_labels, (0, padding), constant_values=-1)
+    return list(
+        zip(
+            images.reshape(-1, size, *images.shape[1:]),
+            labels.reshape(-1, size),
+            strict=True,
+        )
+    )
+
+
+def _crop_and_flip(images: jax.Array, key: jax.Array, pad: int = 4) -> jax.Array:
+    """Shifts each image by up to ``pad`` pixels and mirrors every other one."""
+    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+
+    def one(image: jax.Array, key: jax.Array) -> jax.Array:
+        shift_key, flip_key = jax.random.split(key)
+        y, x = jax.random.randint(shift_key, (2,), 0, 2 * pad + 1)
+        image = jax.lax.dynamic_slice(image, (y, x, 0), images.shape[1:])
+        return jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+
+    return jax.vmap(one)(padded, jax.random.split(key, len(images)))
