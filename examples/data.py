@@ -150,7 +150,7 @@ def _read_binary(folder: Path) -> tuple[Split, Split]:
 def _read_jpeg(folder: Path) -> tuple[Split, Split]:
     path = folder / "cifar10_jpeg.npz"
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return _decode(arrays, "train"), _decode(arrays, "test")
     except Exception as error:
         raise _damaged(path, error) from error
@@ -174,7 +174,11 @@ def _decode(arrays: Any, split: str) -> Split:
 def _train_and_test(
     read: Callable[[str], Split], train: str, test: str
 ) -> tuple[Split, Split]:
-    images, labels = zip(*(read(train.format(i)) for i in range(1, 6)), strict=True)
+    batches = {name: read(name) for name in map(train.format, range(1, 6))}
+    sizes = {name: len(labels) for name, (_, labels) in batches.items()}
+    if len(set(sizes.values())) > 1:
+        raise DataError(f"Expected CIFAR-10 batches of one size, got images {sizes}.")
+    images, labels = zip(*batches.values(), strict=True)
     return (np.concatenate(images), np.concatenate(labels)), read(test)
 
 

@@ -263,7 +263,8 @@ def train_one(
             task,
             completed=before + now.epoch - 1 + now.step / now.steps,
             numbers=f"epoch {now.epoch}/{trainer.settings.epochs}  "
-            f"loss {now.loss:.3f}  accuracy {now.accuracy:.1%}  {now.images_per_second:,.0f} images/s",
+            f"loss {now.loss:.3f}  accuracy {now.accuracy:.1%}  "
+            f"{now.images_per_second:,.0f} images/s",
         )
         run.seconds = time.monotonic() - begin
         if now.test_accuracy is not None:

@@ -1,10 +1,11 @@
 """Batch normalization from a small sample of the batch, for JAX and Flax.
 
-The pure functions are here; the layers are in :mod:`flax_sbn.linen` and
-:mod:`flax_sbn.nnx`, which are imported on their own::
+The pure functions are here, the layers in :mod:`flax_sbn.linen` and
+:mod:`flax_sbn.nnx`::
 
     import flax_sbn as sbn
-    import flax_sbn.linen  # or flax_sbn.nnx
+
+    sbn.linen.BatchNorm(sampler=sbn.FeatureSampling(1 / 64))
 """
 
 from flax_sbn import linen, nnx

@@ -147,8 +147,8 @@ class BatchSampling:
     Attributes:
       num_samples: number of rows measured, in all strata together.
       strata: number of equal parts of the batch; each gives ``num_samples / strata``
-        rows at the same random offset. With one stratum a data shard, measuring needs
-        no communication. Strata are ours, not the paper's.
+        rows at the same random offset. With one stratum a data shard, no rows move
+        between devices. Strata are ours, not the paper's.
 
     Raises:
       ValueError: if a number is no positive int, ``num_samples`` exceeds the batch, or
@@ -192,7 +192,7 @@ class FeatureSampling:
     r"""Feature Sampling (FS): one random patch of every feature map.
 
     The patch covers at least ``fraction`` of the spatial extent, with sides near
-    :math:`L \cdot \mathit{fraction}^{1/d}` on the ``d`` spatial axes, and grows until
+    :math:`L \cdot \mathit{fraction}^{1/d}` on the :math:`d` spatial axes. It grows until
     there are ``min_values`` values per feature in the batch. Patches are drawn from a
     tiling of the map, so that every position is equally likely where the patch's side
     divides the map's.
@@ -277,7 +277,8 @@ class VirtualSampling:
     Attributes:
       num_virtual: number of virtual rows, in all strata together.
       strata: number of equal parts of the batch, each of which ends with
-        ``num_virtual / strata`` virtual rows (one part a data shard: no communication).
+        ``num_virtual / strata`` virtual rows. With one part a data shard, no rows move
+        between devices.
 
     Raises:
       ValueError: if a number is no positive int, ``num_virtual`` exceeds the batch, or

@@ -64,7 +64,7 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
       x: real rows, ``(N, ...)``.
       virtual: virtual rows, ``(V, ...)``; cast to the dtype of ``x``.
       strata: number of equal parts of the batch; each gets ``V / strata`` rows behind
-        its ``N / strata``. One part a data shard needs no communication.
+        its ``N / strata``. With one part a data shard, no rows move between devices.
 
     Returns:
       ``(N + V, ...)``, to be measured by ``VirtualSampling(V, strata)``.

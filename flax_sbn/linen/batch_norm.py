@@ -96,7 +96,7 @@ class BatchNorm(nn.BatchNorm):
         if draws and not self.has_rng("sampling"):
             raise ValueError(
                 f"Expected an rng stream 'sampling' for {self.sampler}, got none in "
-                f"layer {'/'.join(self.path) or self.name!r}. Pass "
+                f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
                 "rngs={'sampling': key} to apply, a fresh key each step."
             )
         scale = bias = None

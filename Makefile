@@ -1,0 +1,57 @@
+# Each target sets itself up: an environment in .venv, and what it needs inside.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+.PHONY: help demo test test-lowest docs bench format clean
+
+help:
+	@echo "make demo         train and compare normalizations on real digits"
+	@echo "make test         linter, type checker, doctests and tests"
+	@echo "make test-lowest  the tests with the oldest supported dependencies"
+	@echo "make docs         build the documentation in docs/_build/html"
+	@echo "make bench        time the layers on this device"
+	@echo "make format       format the code"
+	@echo "ARGS='...' passes options on: make demo ARGS='--help'"
+
+# One environment, and one stamp a group of optional dependencies.
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet --editable '.[$*]'
+	@touch $@
+
+demo: $(VENV)/.installed-examples
+	$(VENV)/bin/python examples/train.py $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/pytest -n $(JOBS) $(ARGS)
+
+# The lower bounds of pyproject.toml, turned into versions.
+LOWEST = $(shell $(PYTHON) -c "import tomllib; \
+  print(*(d.replace('>=', '==') for d in \
+    tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']))")
+
+test-lowest:
+	$(MAKE) .venv-lowest/.installed-test VENV=.venv-lowest
+	.venv-lowest/bin/pip install --quiet $(LOWEST)
+	.venv-lowest/bin/pytest -n $(JOBS) $(ARGS)
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
+
+bench: $(VENV)/.installed-examples
+	$(VENV)/bin/python benchmarks/layer.py $(ARGS)
+	$(VENV)/bin/python benchmarks/layer.py --dtype bfloat16 $(ARGS)
+
+format: $(VENV)/.installed-test
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf .venv .venv-lowest docs/_build

@@ -1,0 +1,76 @@
+"""Configuration of the documentation: Sphinx, MyST, sphinx-book-theme."""
+
+from typing import Any
+
+import flax_sbn
+
+project = "flax_sbn"
+author = "The flax_sbn authors"
+copyright = author
+version = release = flax_sbn.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "none"
+autodoc_preserve_defaults = True
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+# The attributes of the dataclasses are what their constructors take.
+napoleon_custom_sections = [("Attributes", "params_style")]
+
+copybutton_prompt_text = r">>> |\.\.\. "
+copybutton_prompt_is_regexp = True
+
+html_theme = "sphinx_book_theme"
+html_title = "flax_sbn"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_theme_options = {
+    "home_page_in_toc": True,
+    "navbar_persistent": [],  # the search field is in the sidebar
+    "show_toc_level": 2,
+    "use_download_button": False,
+    "use_fullscreen_button": False,
+}
+
+# Pages of other projects that the docstrings refer to. A table, and no download of
+# their inventories, so that the documentation builds without a network.
+FLAX = "https://flax.readthedocs.io/en/latest/api_reference"
+PAGES = {
+    "flax.linen": f"{FLAX}/flax.linen/index.html",
+    "flax.linen.BatchNorm": f"{FLAX}/flax.linen/layers.html#flax.linen.BatchNorm",
+    "flax.nnx": f"{FLAX}/flax.nnx/index.html",
+    "flax.nnx.BatchNorm": f"{FLAX}/flax.nnx/nn/normalization.html#flax.nnx.BatchNorm",
+}
+
+
+def link_elsewhere(app: Any, env: Any, node: Any, contents: Any) -> Any:
+    """Links what this documentation does not define, if it is in the table."""
+    from docutils import nodes  # not there when tests import this file
+
+    if (url := PAGES.get(node["reftarget"])) is None:
+        return None
+    return nodes.reference("", "", contents, internal=False, refuri=url)
+
+
+def close_up(app: Any, docname: str, source: list[str]) -> None:
+    """Removes the blank lines that end a doctest where its code block ends."""
+    source[0] = source[0].replace("\n\n```\n", "\n```\n")
+
+
+def setup(app: Any) -> None:
+    """Registers the two functions above."""
+    app.connect("missing-reference", link_elsewhere)
+    app.connect("source-read", close_up)

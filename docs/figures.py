@@ -1,0 +1,158 @@
+"""Draws the figures of the documentation: ``python docs/figures.py``.
+
+Which values a sampler measures is read off the gradient of the measured mean: it is the
+weight of each value in that mean, and zero for what is not measured.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from jax import lax
+from matplotlib.patches import Rectangle
+from sklearn.datasets import load_digits
+
+import flax_sbn as sbn
+
+STATIC = pathlib.Path(__file__).parent / "_static"
+
+ROWS, VIRTUAL, SIDE = 32, 2, 16  # images, virtual images, pixels a side
+DOWN, GAP = 4, 3  # maps in a column, pixels between maps
+KEY = jax.random.key(30)
+
+FS, VDN = sbn.FeatureSampling(1 / 16), sbn.VirtualSampling(VIRTUAL)
+PANELS = {
+    "NS": sbn.NaiveSampling(2),
+    "BS": sbn.BatchSampling(2),
+    "FS, groups=1": sbn.FeatureSampling(1 / 16, groups=1),
+    "FS, groups=8": FS,
+    "VDN": VDN,
+    "FS + VDN": sbn.MixedSampling(FS, VDN),
+}
+NOTES = {
+    "NS": "the last rows, always",
+    "BS": "a run of rows, drawn anew",
+    "FS, groups=1": "one patch for every row",
+    "FS, groups=8": "a patch for each run of rows",
+    "VDN": "virtual rows only",
+    "FS + VDN": "both, half the weight each",
+}
+
+# Ink, ink of the notes, and the greys of what is not measured, darkest first.
+THEMES = {
+    "light": ("#1f2328", "#59636e", ("#a3acb8", "#f3f5f7")),
+    "dark": ("#e6e9ed", "#9aa4b0", ("#1d2228", "#77828f")),
+}
+REAL, NOISE = ("#b23c00", "#ffc25c"), ("#075985", "#7dd3fc")
+
+
+def feature_maps() -> jax.Array:
+    """Returns one feature of a convolution of digits and virtual rows: ``(N, H, W)``.
+
+    The images get zero mean and unit variance first, as the virtual rows have.
+    """
+    images = jnp.asarray(load_digits().images[:ROWS, ..., None], jnp.float32)
+    images = jax.image.resize(images, (ROWS, SIDE, SIDE, 1), "linear")
+    images = (images - images.mean()) / images.std()
+    virtual = sbn.virtual_samples(jax.random.key(0), VIRTUAL, (SIDE, SIDE, 1))
+    kernel = jnp.array([[2.0, 2.0, 0.0], [2.0, 0.0, -2.0], [0.0, -2.0, -2.0]]) / 6
+    x = sbn.append_virtual(images, virtual)
+    return lax.conv_general_dilated(
+        x,
+        kernel[:, :, None, None],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )[..., 0]
+
+
+def weights(sampler: sbn.Sampler, x: jax.Array) -> np.ndarray:
+    """Returns the weight of each value of ``x`` in the mean that is measured."""
+
+    def mean(x: jax.Array) -> jax.Array:
+        return sbn.batch_statistics(x[..., None], sampler=sampler, key=KEY).mean[0]
+
+    return np.asarray(jax.grad(mean)(x))
+
+
+def corner(row: int) -> tuple[int, int]:
+    """Returns the top left pixel of a row's map: rows run down the columns."""
+    across, down = divmod(row, DOWN)
+    space = GAP * (row >= ROWS)  # set virtual rows apart
+    return down * (SIDE + GAP), across * (SIDE + GAP) + 2 * space
+
+
+def blend(ends: tuple[str, str], level: np.ndarray) -> np.ndarray:
+    """Returns the colour at ``level`` in [0, 1] between two colours."""
+    low, high = (np.array(mpl.colors.to_rgba(end)) for end in ends)
+    return low + level[..., None] * (high - low)
+
+
+def draw_panel(axes: plt.Axes, x: jax.Array, name: str, theme: str) -> None:
+    """Draws every map of the batch, with what is measured in colour."""
+    ink, soft, greys = THEMES[theme]
+    sampler = PANELS[name]
+    if "VDN" not in name:
+        x = x[:ROWS]
+    rows = len(x)
+    measured = weights(sampler, x) > 0
+    assert measured.sum() == sbn.num_measured(sampler, x.shape)
+    low, high = np.quantile(x, [0.02, 0.98])
+    level = np.clip((np.asarray(x) - low) / (high - low), 0, 1)
+
+    height, width = corner(ROWS - 1)[0] + SIDE, corner(ROWS)[1] + SIDE
+    image = np.zeros((height, width, 4))
+    for row in range(rows):
+        top, left = corner(row)
+        color = REAL if row < ROWS else NOISE
+        image[top : top + SIDE, left : left + SIDE] = np.where(
+            measured[row, ..., None], blend(color, level[row]), blend(greys, level[row])
+        )
+        if measured[row].any():
+            hit = np.argwhere(measured[row])
+            (y0, x0), (y1, x1) = hit.min(0), hit.max(0) + 1
+            axes.add_patch(
+                Rectangle(
+                    (left + x0 - 0.5, top + y0 - 0.5),
+                    x1 - x0,
+                    y1 - y0,
+                    fill=False,
+                    edgecolor=color[theme == "dark"],
+                    linewidth=0.9,
+                )
+            )
+    axes.imshow(image, interpolation="nearest")
+    axes.set_xlim(-1.5, width + 0.5)
+    axes.set_ylim(height + 0.5, -1.5)
+    axes.axis("off")
+    axes.set_title(name, loc="left", color=ink, fontsize=11.5, fontweight="bold", pad=4)
+    edge = corner(ROWS - 1)[1] + SIDE - 0.5
+    label = {"y": -4.5, "ha": "right", "fontsize": 9}
+    axes.text(edge, s=NOTES[name], color=soft, **label)
+    if rows > ROWS:
+        axes.text(width - 0.5, s="virtual", color=NOISE[theme == "dark"], **label)
+
+
+def main() -> None:
+    """Writes ``_static/sampling-light.svg`` and ``_static/sampling-dark.svg``."""
+    x = feature_maps()
+    for theme in THEMES:
+        figure, grid = plt.subplots(3, 2, figsize=(8, 6.1), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        for axes, name in zip(grid.flat, PANELS, strict=True):
+            draw_panel(axes, x, name, theme)
+        figure.savefig(
+            STATIC / f"sampling-{theme}.svg",
+            transparent=True,
+            metadata={"Date": None, "Creator": None},
+        )
+        plt.close(figure)
+
+
+if __name__ == "__main__":
+    mpl.use("svg")
+    mpl.rcParams.update({"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"})
+    main()

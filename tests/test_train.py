@@ -1,0 +1,225 @@
+"""The training example: what it is told, what it does, what it leaves behind."""
+
+import csv
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_sbn as sbn
+import methods
+import train
+from data import load_digits
+from report import Report, Run
+from training import NETWORKS, Settings, Trainer
+
+SMALL = ["--model", "mlp", "--width", "2", "--epochs", "2", "--seeds", "1"]
+DIGITS = load_digits().limited(256)
+
+
+def small_trainer(name: str, **settings: object) -> Trainer:
+    settings = {"model": "resnet8", "width": 8, "epochs": 1, **settings}
+    return Trainer(Settings(**settings), methods.parse_method(name), DIGITS)
+
+
+@pytest.mark.parametrize(
+    ("text", "sampler"),
+    [
+        ("bn", None),
+        ("ns:1", sbn.NaiveSampling(1)),
+        ("bs", sbn.BatchSampling(4)),
+        ("fs:1/16", sbn.FeatureSampling(1 / 16)),
+        ("vdn:3", sbn.VirtualSampling(3)),
+        (
+            "bs:8+vdn:2",
+            sbn.MixedSampling(sbn.BatchSampling(8), sbn.VirtualSampling(2)),
+        ),
+    ],
+)
+def test_short_forms_name_samplers(text, sampler) -> None:
+    assert methods.parse_method(text).sampler == sampler
+
+
+@pytest.mark.parametrize("text", [*methods.NAMES, *methods.DEFAULT])
+def test_every_offered_name_is_understood(text) -> None:
+    assert methods.parse_method(text).name == text
+
+
+@pytest.mark.parametrize(
+    "text", ["BN", "bs:x", "fs:0", "fs:1/0", "vdn:2+fs", "bs+bs", "fs+vdn+bs", ""]
+)
+def test_other_names_are_refused(text) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        methods.parse_method(text)
+
+
+def test_samplers_are_written_as_in_python() -> None:
+    text = "MixedSampling(FeatureSampling(1/16, groups=2), VirtualSampling(4, 2), 0.25)"
+    assert methods.parse_sampler(text).sampler == eval(text, vars(sbn))
+    assert methods.parse_sampler(text).num_virtual == 4
+    assert methods.parse_sampler(text).strata == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["__import__('os')", "BatchSampling", "BatchSampling(n)", "3", "Batch(", "f()"],
+)
+def test_a_sampler_argument_is_never_run_as_code(text) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        methods.parse_sampler(text)
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("resnet8", "fs:1/64+vdn:4"), ("mlp", "bn"), ("mlp", "gn"), ("mlp", "none")],
+)
+def test_every_kind_of_norm_trains_in_both_apis(api, model, name) -> None:
+    trainer = small_trainer(name, model=model, api=api, dtype="bfloat16")
+    *_, last = trainer.train(seed=0)
+    assert last.done
+    assert np.isfinite(last.loss)
+    assert 0 <= last.test_accuracy <= 1
+
+
+def test_training_lowers_the_loss_and_learns() -> None:
+    settings = Settings(model="mlp", epochs=5)
+    trainer = Trainer(settings, methods.parse_method("bs:32"), load_digits())
+    losses = [epoch for epoch in trainer.train(seed=0) if epoch.done]
+    assert losses[-1].loss < losses[0].loss / 2
+    assert losses[-1].test_accuracy > 0.8
+
+
+def test_a_seed_repeats_exactly_and_another_does_not() -> None:
+    trainer = small_trainer("bs:4", model="mlp")
+    first, again, other = (list(trainer.train(seed))[-1].loss for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_one_program_serves_all_steps_and_seeds() -> None:
+    trainer = small_trainer("bs:4", model="mlp", epochs=2)
+    for seed in range(2):
+        list(trainer.train(seed))
+    assert trainer.step._cache_size() == 1
+
+
+def test_a_step_moves_nothing_between_host_and_device() -> None:
+    trainer = small_trainer("bs:4+vdn:4", model="mlp")
+    state = trainer.step(trainer.init(0), trainer.data)
+    with jax.transfer_guard("disallow"):
+        state = trainer.step(state, trainer.data)
+    assert int(state.step) == 2
+
+
+def test_share_of_values_measured_is_that_of_the_samplers() -> None:
+    assert small_trainer("bn").measured == 1
+    assert small_trainer("bs:4").measured == pytest.approx(4 / 128)
+    assert small_trainer("vdn:2").measured == pytest.approx(2 / 130)
+    assert small_trainer("gn").measured is None
+
+
+def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
+    from training import _crop_and_flip
+
+    image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
+    images = _crop_and_flip(jnp.repeat(image, 64, 0), jax.random.key(0), pad=1)
+    assert images.shape == (64, 4, 4, 1)
+    distinct = {tuple(np.ravel(i)) for i in images}
+    assert 10 < len(distinct) <= 18  # 3 x 3 shifts, flipped or not
+
+
+def test_the_script_writes_its_files_and_prints_the_table(
+    tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--norm", "bn", "bs:4", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"bs:4\s+│\s+3\.1%\s+│\s+\d+\.\d%", printed)
+    (folder,) = (tmp_path / "runs").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert [row["method"] for row in results["methods"]] == ["bn", "bs:4"]
+    assert results["methods"][0]["relative_time"] == 1
+    assert all(len(run["test_accuracy"]) == 2 for run in results["runs"])
+    assert {"jax", "flax", "flax_sbn"} <= results["versions"].keys()
+    with (folder / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[1]["measured"]) == 4 / 128
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob(".*"))
+
+
+def test_results_are_never_overwritten(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = {train.new_folder(None, "digits") for _ in range(3)}
+    assert len(folders) == 3
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    assert train.main(["--norm", "bn", "--out", str(kept), *SMALL]) == 2
+    assert "to be a new folder" in capsys.readouterr().err
+    assert not list(kept.iterdir())
+
+
+def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch, capsys) -> None:
+    train_one = train.train_one
+
+    def interrupted(trainer, run, *rest) -> None:
+        if run.method == "bs:4":
+            run.loss, run.test_accuracy = [1.0], [0.5]
+            raise KeyboardInterrupt
+        train_one(trainer, run, *rest)
+
+    monkeypatch.setattr(train, "train_one", interrupted)
+    out = tmp_path / "out"
+    assert train.main(["--norm", "bn", "bs:4", "--out", str(out), *SMALL]) == 130
+    assert "so far" in capsys.readouterr().out
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [run["complete"] for run in runs] == [True, False]
+    assert len(runs[0]["test_accuracy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--norm", "bs:1000"], r"num_samples=1000 and batch size 128"),
+        (["--norm", "fs", "--model", "mlp"], "Use BatchSampling for inputs of rows"),
+        (["--norm", "nonsense"], "Expected a method"),
+        (["--sampler", "BatchSampling(0)"], "num_samples=0"),
+        (["--batch-size", "5000"], "batch_size=5000"),
+        (["--dataset", "cifar10", "--data-dir", "nowhere"], "to be a folder"),
+        (["--dataset", "cifar10", "--data-dir", "."], "found none of"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    tmp_path, monkeypatch, capsys, argv, message
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "argv", [["--epochs", "0"], ["--dataset", "cifar10"], ["--model", "vgg"]]
+)
+def test_bad_options_are_told_by_the_parser(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as error:
+        train.main(argv)
+    assert error.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:
+    report = Report(tmp_path, {"title": ""}, {"bn": 1.0})
+    for accuracy, complete in ((0.8, True), (0.9, True), (0.1, False)):
+        report.runs.append(
+            Run("bn", 0, [1.0], [1.0], [accuracy], complete=complete),
+        )
+    (row,) = report.rows()
+    assert row["seeds"] == 2
+    assert row["test_accuracy"] == pytest.approx(0.85)
+    assert row["spread"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
