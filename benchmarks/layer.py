@@ -103,17 +103,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(name: str, batch_size: int, dtype: str, rounds: int) -> Iterator[Result]:
     """Yields the results of one shape."""
     row = LAYER_SHAPES[name]
-    variants: dict[str, tuple[nn.BatchNorm, int]] = {
-        "flax": (nn.BatchNorm(use_running_average=False, dtype=dtype), batch_size)
-    }
+    flax_layer = nn.BatchNorm(use_running_average=False, dtype=dtype)
+    variants = {"flax": (flax_layer, batch_size)}
     for label, sampler in SAMPLERS.items():
         if len(row) == 1 and "FS" in label:
             continue
-        layer = sbn.linen.BatchNorm(
+        ours = sbn.linen.BatchNorm(
             use_running_average=False, dtype=dtype, sampler=sampler
         )
         # Virtual rows come on top of the batch, and so cost what they cost.
-        variants[label] = (layer, batch_size + (4 if "VDN" in label else 0))
+        variants[label] = (ours, batch_size + (4 if "VDN" in label else 0))
 
     steps, compiling = {}, {}
     for label, (layer, rows) in variants.items():

@@ -192,7 +192,7 @@ class FeatureSampling:
     r"""Feature Sampling (FS): one random patch of every feature map.
 
     The patch covers at least ``fraction`` of the spatial extent, with sides near
-    :math:`L \cdot \mathit{fraction}^{1/d}` on the :math:`d` spatial axes. It grows until
+    :math:`L \cdot \mathit{fraction}^{1/d}` on :math:`d` spatial axes. It grows until
     there are ``min_values`` values per feature in the batch. Patches are drawn from a
     tiling of the map, so that every position is equally likely where the patch's side
     divides the map's.
