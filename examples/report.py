@@ -14,6 +14,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 
 # Okabe & Ito's colours, which colour-blind readers tell apart.
@@ -115,10 +116,14 @@ class Report:
 
     def _plot(self, path: Path) -> None:
         figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-        columns = (("loss", "training loss"), ("test_accuracy", "test accuracy"))
-        for axis, (field, label) in zip(axes, columns, strict=True):
-            for i, method in enumerate(self.measured):
-                curves = [getattr(r, field) for r in self.runs if r.method == method]
+        # Half an image wrong stands for none on the logarithmic axis.
+        least = 0.5 / self.about["test_images"]
+        for i, method in enumerate(self.measured):
+            runs = [run for run in self.runs if run.method == method]
+            errors = [[max(1 - a, least) for a in run.test_accuracy] for run in runs]
+            for axis, curves in zip(
+                axes, ([r.loss for r in runs], errors), strict=True
+            ):
                 length = min((len(curve) for curve in curves), default=0)
                 if length == 0:
                     continue
@@ -132,12 +137,15 @@ class Report:
                 axis.fill_between(
                     epochs, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0
                 )
-            axis.set(xlabel="epoch", ylabel=label)
+        for axis, label in zip(axes, ("training loss", "test error"), strict=True):
+            axis.set(xlabel="epoch", ylabel=label, yscale="log")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
-        axes[0].set_yscale("log")
-        axes[1].yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-        axes[1].legend(title="method", frameon=False, loc="lower right")
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[1].legend(
+            title="method", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left"
+        )
         figure.suptitle(f"{self.about['title']} (mean and range of the seeds)")
         figure.savefig(path, dpi=130)
         plt.close(figure)
