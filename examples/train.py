@@ -6,6 +6,7 @@ Results go to a new folder under runs/: curves.png, results.json, results.csv.
 """
 
 import argparse
+import dataclasses
 import datetime
 import itertools
 import statistics
@@ -64,9 +65,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help='samplers as in Python, such as "BatchSampling(8, strata=4)"; they are '
         "compared with those of --norm, which is then bn unless given",
     )
-    what.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     what.add_argument(
-        "--seeds", type=int, default=2, help="trainings per method (default: 2)"
+        "--seed", type=int, default=0, metavar="N", help="first seed (default: 0)"
+    )
+    what.add_argument(
+        "--seeds",
+        type=int,
+        default=2,
+        metavar="N",
+        help="trainings of each method, with seeds one apart (default: 2)",
     )
 
     data = parser.add_argument_group("data")
@@ -88,33 +95,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     how = parser.add_argument_group("how to train")
     default = Settings()
-    how.add_argument("--model", choices=tuple(MODELS), default=default.model)
-    how.add_argument(
-        "--width",
-        type=int,
-        default=default.width,
-        help="features of the first stage (default: %(default)s)",
-    )
-    how.add_argument("--api", choices=tuple(NETWORKS), default=default.api)
-    how.add_argument("--epochs", type=int, default=default.epochs, help="(%(default)s)")
-    how.add_argument(
-        "--batch-size", type=int, default=default.batch_size, help="(%(default)s)"
-    )
-    how.add_argument(
-        "--learning-rate",
-        type=float,
-        default=default.learning_rate,
-        help="peak of the warm-up and cosine schedule (%(default)s)",
-    )
-    how.add_argument(
-        "--weight-decay", type=float, default=default.weight_decay, help="(%(default)s)"
-    )
-    how.add_argument(
-        "--dtype",
-        choices=tuple(DTYPES),
-        default=default.dtype,
-        help="of the computation; parameters and statistics are float32 (%(default)s)",
-    )
+    names = {"model": tuple(MODELS), "api": tuple(NETWORKS), "dtype": tuple(DTYPES)}
+    for option, help_text in {
+        "model": f"one of {', '.join(MODELS)}",
+        "width": "features of the model's first stage",
+        "api": f"one of {', '.join(NETWORKS)}",
+        "epochs": "passes over the training images",
+        "batch_size": "images in a step",
+        "learning_rate": "peak of the schedule: warm-up, then cosine",
+        "weight_decay": "of kernels",
+        "dtype": f"of the computation: {', '.join(DTYPES)}; the rest is float32",
+    }.items():
+        value = getattr(default, option)
+        choices = names.get(option)
+        how.add_argument(
+            f"--{option.replace('_', '-')}",
+            type=type(value),
+            default=value,
+            choices=choices,
+            metavar="NAME" if choices else "X" if isinstance(value, float) else "N",
+            help=f"{help_text} (default: %(default)s)",
+        )
 
     parser.add_argument(
         "--out",
@@ -169,17 +170,10 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     names = args.norm or (["bn"] if args.sampler else methods.DEFAULT)
     chosen = [methods.parse_method(name) for name in names]
     chosen += [methods.parse_sampler(text) for text in args.sampler]
-    settings = Settings(
-        model=args.model,
-        api=args.api,
-        width=args.width,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        learning_rate=args.learning_rate,
-        weight_decay=args.weight_decay,
-        dtype=args.dtype,
-        augment=dataset.augment if args.augment is None else args.augment,
-    )
+    fields = {field.name for field in dataclasses.fields(Settings)}
+    settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
+    if args.augment is None:
+        settings = dataclasses.replace(settings, augment=dataset.augment)
     return [Trainer(settings, method, dataset) for method in dict.fromkeys(chosen)]
 
 
