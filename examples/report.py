@@ -1,7 +1,9 @@
-"""What a comparison leaves behind: two files of numbers, a plot and a table."""
+"""What a comparison leaves behind: a new folder of numbers and a plot; a table."""
 
 import csv
 import dataclasses
+import datetime
+import itertools
 import json
 import os
 import statistics
@@ -149,6 +151,28 @@ class Report:
         figure.suptitle(f"{self.about['title']} (mean and range of the seeds)")
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def new_folder(wanted: Path | None, name: str) -> Path:
+    """Makes a folder that did not exist before.
+
+    Raises:
+      FileExistsError: if ``wanted`` exists: results are never overwritten.
+    """
+    if wanted is not None:
+        if wanted.exists():
+            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
+        wanted.mkdir(parents=True)
+        return wanted
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
 
 
 class _replacing:  # noqa: N801 - reads as a verb

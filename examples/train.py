@@ -31,8 +31,9 @@ from rich.progress import (
 import flax_sbn
 import methods
 from data import DataError, Dataset, load_cifar10, load_digits
-from report import Report, Run
-from training import DTYPES, MODELS, NETWORKS, Settings, Trainer
+from networks import DTYPES, MODELS, NETWORKS, Settings
+from report import Report, Run, new_folder
+from training import Trainer
 
 _TIMING_ROUNDS = 15
 
@@ -175,28 +176,6 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     if args.augment is None:
         settings = dataclasses.replace(settings, augment=dataset.augment)
     return [Trainer(settings, method, dataset) for method in dict.fromkeys(chosen)]
-
-
-def new_folder(wanted: Path | None, name: str) -> Path:
-    """Makes a folder that did not exist before.
-
-    Raises:
-      FileExistsError: if ``wanted`` exists: results are never overwritten.
-    """
-    if wanted is not None:
-        if wanted.exists():
-            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
-        wanted.mkdir(parents=True)
-        return wanted
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
-    for number in itertools.count(1):
-        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
 
 
 def describe(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import pytest
 
 import flax_sbn as sbn
 import methods
+import report
 import train
 from data import load_digits
+from networks import NETWORKS, Settings
 from report import Report, Run
-from training import NETWORKS, Settings, Trainer
+from training import Trainer
 
 SMALL = ["--model", "mlp", "--width", "2", "--epochs", "2", "--seeds", "1"]
 DIGITS = load_digits().limited(256)
@@ -153,7 +155,7 @@ def test_the_script_writes_its_files_and_prints_the_table(
 
 def test_results_are_never_overwritten(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = {train.new_folder(None, "digits") for _ in range(3)}
+    folders = {report.new_folder(None, "digits") for _ in range(3)}
     assert len(folders) == 3
     kept = tmp_path / "mine"
     kept.mkdir()
@@ -214,12 +216,12 @@ def test_bad_options_are_told_by_the_parser(argv, capsys) -> None:
 
 
 def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:
-    report = Report(tmp_path, {"title": ""}, {"bn": 1.0})
+    results = Report(tmp_path, {"title": ""}, {"bn": 1.0})
     for accuracy, complete in ((0.8, True), (0.9, True), (0.1, False)):
-        report.runs.append(
+        results.runs.append(
             Run("bn", 0, [1.0], [1.0], [accuracy], complete=complete),
         )
-    (row,) = report.rows()
+    (row,) = results.rows()
     assert row["seeds"] == 2
     assert row["test_accuracy"] == pytest.approx(0.85)
     assert row["spread"] == pytest.approx(np.std([0.8, 0.9], ddof=1))

@@ -1,0 +1,153 @@
+"""A model behind three functional calls, the same ones for linen and nnx.
+
+The training step knows only :class:`Network`: parameters, which have a gradient, and
+the rest, which does not: running statistics and, in nnx, random streams.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from methods import Method
+from models import MLP, NnxMLP, NnxResNet, ResNet, linen_norm, nnx_norm
+
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet8": {"blocks": 1},
+    "resnet20": {"blocks": 3},
+    "mlp": {},
+}
+DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison have in common."""
+
+    model: str = "resnet8"
+    api: str = "linen"
+    width: int = 16
+    batch_size: int = 128
+    epochs: int = 20
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    dtype: str = "float32"
+    augment: bool = False
+
+
+class Network(Protocol):
+    """A model with functional parameters: the same three calls for linen and nnx."""
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters, and whatever else changes in training."""
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits and the changed rest."""
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits."""
+
+
+class LinenNetwork:
+    """A linen model of the settings."""
+
+    def __init__(
+        self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
+    ) -> None:
+        dtype = DTYPES[settings.dtype]
+
+        def model(train: bool) -> Any:
+            norm = linen_norm(method, train, dtype)
+            if settings.model == "mlp":
+                return MLP(classes, norm, (8 * settings.width,) * 2, dtype)
+            widths = (settings.width, 2 * settings.width, 4 * settings.width)
+            return ResNet(
+                classes, norm, widths=widths, dtype=dtype, **MODELS[settings.model]
+            )
+
+        self.shape = shape
+        self.trained, self.evaluated = model(True), model(False)
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters and running statistics."""
+        variables = self.trained.init(key, jnp.zeros((1, *self.shape)))
+        return variables["params"], variables.get("batch_stats", {})
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits and running statistics."""
+        logits, updates = self.trained.apply(
+            {"params": params, "batch_stats": rest},
+            x,
+            mutable=["batch_stats"],
+            rngs={"sampling": key},
+        )
+        return logits, updates.get("batch_stats", {})
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits, normalized with the running statistics."""
+        return self.evaluated.apply({"params": params, "batch_stats": rest}, x)
+
+
+class NnxNetwork:
+    """An nnx model of the settings."""
+
+    def __init__(
+        self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
+    ) -> None:
+        dtype = DTYPES[settings.dtype]
+        norm = nnx_norm(method, dtype)
+
+        def model(rngs: nnx.Rngs) -> nnx.Module:
+            if settings.model == "mlp":
+                inputs, widths = (
+                    shape[0] * shape[1] * shape[2],
+                    (8 * settings.width,) * 2,
+                )
+                return NnxMLP(
+                    inputs, classes, norm, widths=widths, dtype=dtype, rngs=rngs
+                )
+            return NnxResNet(
+                shape[2],
+                classes,
+                norm,
+                widths=(settings.width, 2 * settings.width, 4 * settings.width),
+                dtype=dtype,
+                rngs=rngs,
+                **MODELS[settings.model],
+            )
+
+        self.model = model
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
+
+    def init(self, key: jax.Array) -> tuple[Any, Any]:
+        """Returns parameters; running statistics and random streams."""
+        state = nnx.state(self.model(nnx.Rngs(key)))
+        params, rest = nnx.split_state(state, nnx.Param, ...)
+        return params, rest
+
+    def train(
+        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits; running statistics and random streams."""
+        model = nnx.merge(self.graph, params, rest, copy=True)
+        logits = model(x)
+        return logits, nnx.state(model, nnx.Not(nnx.Param))
+
+    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        """Returns logits, normalized with the running statistics."""
+        model = nnx.merge(self.graph, params, rest)
+        model.eval()
+        return model(x)
+
+
+NETWORKS: dict[str, Callable[..., Network]] = {
+    "linen": LinenNetwork,
+    "nnx": NnxNetwork,
+}

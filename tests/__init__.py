@@ -1,0 +1,1 @@
+"""Tests of flax_sbn; ``cases`` is shared with the benchmarks."""

@@ -1,0 +1,29 @@
+"""The one tolerance of all tests: rounding, growing with the number of values."""
+
+import jax.numpy as jnp
+import numpy as np
+
+
+def eps(dtype: str) -> float:
+    """Returns the relative spacing of a dtype's numbers."""
+    return float(jnp.finfo(dtype).eps)
+
+
+def assert_close(actual, expected, dtype="float32", num=1, c=4.0):
+    """Asserts equality to ``c * eps(dtype) * sqrt(num)``, relative to the largest.
+
+    Args:
+      actual: what the library gives, of any dtype.
+      expected: the truth in float64, or another result of the library.
+      dtype: that of the least precise step.
+      num: how many values are added up for each result.
+      c: rounding errors on the way.
+    """
+    # Not NumPy's: it has no bfloat16.
+    actual, expected = (np.asarray(a) for a in (actual, expected))
+    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    actual, expected = actual.astype(wide), expected.astype(wide)
+    assert actual.shape == expected.shape
+    magnitude = max(1.0, np.abs(expected).max(initial=0.0))
+    atol = c * eps(dtype) * num**0.5 * magnitude
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)

@@ -1,0 +1,85 @@
+"""Sampled batch normalization from its equations, in NumPy float64 or complex128.
+
+Features are last. Where something is measured is told by booleans of the input's shape.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Array = np.ndarray
+Moments = tuple[Array, Array]
+
+
+def wide(x: Array) -> Array:
+    """Returns ``x`` in float64 or complex128."""
+    x = np.asarray(x)
+    return x.astype(np.complex128 if np.iscomplexobj(x) else np.float64)
+
+
+def over(x: Array) -> tuple[int, ...]:
+    """Returns the axes that are reduced: all but the last."""
+    return tuple(range(x.ndim - 1))
+
+
+def moments(x: Array, where: Array) -> Moments:
+    """Mean and biased variance of each feature over the positions in ``where``."""
+    x, num = np.where(where, wide(x), 0), where.sum(over(x))
+    mean = x.sum(over(x)) / num
+    return mean, np.where(where, abs(x - mean) ** 2, 0).sum(over(x)) / num
+
+
+def mix(populations: Sequence[Moments], weights: Sequence[float]) -> Moments:
+    """Moments of a population that is drawn from several with the given shares."""
+    mean = sum(w * m for w, (m, _) in zip(weights, populations, strict=True))
+    square = sum(
+        w * (v + abs(m) ** 2) for w, (m, v) in zip(weights, populations, strict=True)
+    )
+    return mean, square - abs(mean) ** 2
+
+
+def normalize(
+    x: Array, mean: Array, var: Array, scale: Array, bias: Array, epsilon: float = 1e-5
+) -> Array:
+    """Every value, with the given moments."""
+    return wide(scale) * (wide(x) - mean) / np.sqrt(var + epsilon) + wide(bias)
+
+
+def backward(
+    x: Array,
+    cotangent: Array,
+    shares: Array,
+    scale: Array,
+    epsilon: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """Gradients of x, scale and bias.
+
+    ``shares`` says how much of the population each position is: ``1 / m`` at the ``m``
+    measured positions and zero elsewhere, or a mixture of such.
+    """
+    x, g = wide(x), wide(cotangent)
+    mean = (shares * x).sum(over(x))
+    var = (shares * (x - mean) ** 2).sum(over(x))
+    std = np.sqrt(var + epsilon)
+    normal = (x - mean) / std
+    dbias, dscale = g.sum(over(x)), (g * normal).sum(over(x))
+    return scale / std * (g - shares * (dbias + normal * dscale)), dscale, dbias
+
+
+def running(old: Array, new: Array, momentum: float) -> Array:
+    """Exponential moving average after one more step."""
+    return momentum * wide(old) + (1 - momentum) * wide(new)
+
+
+def shares(wheres: Sequence[Array], weights: Sequence[float]) -> Array:
+    """How much of a mixed population each position is, given where each part lies.
+
+    A part that is empty leaves its weight to the others; all zero where all are empty.
+    """
+    axes = over(wheres[0])
+    nums = [where.sum(axes) for where in wheres]
+    total = sum(w * (n > 0) for w, n in zip(weights, nums, strict=True))
+    return sum(
+        where * w / np.maximum(n, 1)
+        for where, w, n in zip(wheres, weights, nums, strict=True)
+    ) / np.where(total > 0, total, 1)

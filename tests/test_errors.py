@@ -1,0 +1,253 @@
+"""Every error of the package: its type, the given value and the fix in its message."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import flax_sbn as sbn
+
+KEY = jax.random.key(0)
+BS, NS, FS = sbn.BatchSampling, sbn.NaiveSampling, sbn.FeatureSampling
+VDN, Mixed = sbn.VirtualSampling, sbn.MixedSampling
+ROWS, MAPS = (8, 3), (8, 4, 4, 3)
+
+
+def measure(sampler, key=KEY, **options):
+    return lambda x: sbn.batch_norm(x, sampler=sampler, key=key, **options)
+
+
+def linen(**options):
+    layer = sbn.linen.BatchNorm(use_running_average=False, **options)
+    return lambda x: layer.init_with_output(KEY, x)
+
+
+def nnx_layer(**options):
+    return lambda x: sbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)(x)
+
+
+def normalize(num_mean=3, num_var=3, **options):
+    statistics = sbn.Statistics(jnp.ones(num_mean), jnp.ones(num_var))
+    return lambda x: sbn.normalize(x, statistics, **options)
+
+
+def append(shape, strata=1, dtype="float32"):
+    return lambda x: sbn.append_virtual(x, jnp.ones(shape, dtype), strata)
+
+
+# Input shape, call, type, what is given, and the fix.
+ERRORS = {
+    # samplers that are none
+    "sampler-number": (ROWS, measure(8), TypeError, "sampler=8", "BatchSampling(8)"),
+    "sampler-class": (ROWS, measure(BS), TypeError, "BatchSampling'>", "sampler=None"),
+    "linen-sampler": (ROWS, linen(sampler=4), TypeError, "sampler=4", "BatchSampling"),
+    "nnx-sampler": (ROWS, nnx_layer(sampler=4), TypeError, "sampler=4", "sampler=None"),
+    # samples that do not fit the input
+    "ns-rows": (ROWS, measure(NS(9)), ValueError, "num_samples=9", "smaller"),
+    "bs-rows": (ROWS, measure(BS(64)), ValueError, "batch size 8", "sampler=None"),
+    "vdn-rows": (ROWS, measure(VDN(9)), ValueError, "num_virtual=9", "smaller"),
+    "bs-strata": (ROWS, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
+    "bs-sample": (ROWS, measure(BS(6, 4)), ValueError, "num_samples=6", "divide both"),
+    "vdn-strata": (ROWS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
+    "one-value": (ROWS, measure(NS(1)), ValueError, "got 1 from", "more rows"),
+    "one-row": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more rows"),
+    "fs-rows": (ROWS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
+    "no-rows": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
+    "no-pixels": ((8, 0, 3), measure(BS(2)), ValueError, "shape=(8, 0)", "axis`"),
+    "no-real": (
+        ROWS,
+        measure(Mixed(BS(2), VDN(8))),
+        ValueError,
+        "num_virtual=8 and batch size 8",
+        "append_virtual",
+    ),
+    "real-rows": (
+        ROWS,
+        measure(Mixed(BS(5), VDN(4))),
+        ValueError,
+        "num_samples=5 and batch size 4",
+        "smaller",
+    ),
+    # keys
+    "bs-key": (ROWS, measure(BS(2), None), ValueError, "key=None", "jax.random.key("),
+    "fs-key": (MAPS, measure(FS(0.5), None), ValueError, "key=None", "each step"),
+    "mixed-key": (
+        ROWS,
+        measure(Mixed(BS(2), VDN(2)), None),
+        ValueError,
+        "key=None",
+        "jax.random.key(",
+    ),
+    # arguments of samplers
+    **{
+        f"positive-{name}-{value}": (
+            ROWS,
+            lambda x, make=make, name=name, value=value: make(**{name: value}),
+            ValueError,
+            f"{name}={value!r}",
+            "an int >= 1",
+        )
+        for make, name, value in [
+            (NS, "num_samples", 0),
+            (NS, "num_samples", 2.0),
+            (BS, "num_samples", -1),
+            (BS, "num_samples", True),
+            (lambda strata: BS(4, strata), "strata", 0),
+            (VDN, "num_virtual", 0),
+            (lambda strata: VDN(4, strata), "strata", "2"),
+            (lambda min_values: FS(0.5, min_values), "min_values", 0),
+            (lambda groups: FS(0.5, groups=groups), "groups", None),
+        ]
+    },
+    **{
+        f"fraction-{value}": (
+            MAPS,
+            lambda x, value=value: FS(value),
+            ValueError,
+            f"fraction={value!r}",
+            "1/4 to 1/64",
+        )
+        for value in (0, -0.5, 1.5, float("nan"))
+    },
+    **{
+        f"weight-{value}": (
+            ROWS,
+            lambda x, value=value: Mixed(BS(2), VDN(2), value),
+            ValueError,
+            f"virtual_weight={value!r}",
+            "0.5",
+        )
+        for value in (-0.1, 1.1, float("nan"))
+    },
+    "mixed-swapped": (
+        ROWS,
+        lambda x: Mixed(VDN(2), BS(2)),
+        TypeError,
+        "got BatchSampling(num_samples=2",
+        "MixedSampling(real, VirtualSampling(4))",
+    ),
+    **{
+        f"mixed-real-{real}": (
+            ROWS,
+            lambda x, real=real: Mixed(real, VDN(2)),
+            TypeError,
+            f"real={real!r}",
+            "FeatureSampling or BatchSampling",
+        )
+        for real in (None, VDN(2), Mixed(BS(2), VDN(2)))
+    },
+    "mixed-number": (
+        ROWS,
+        lambda x: Mixed(4, VDN(2)),
+        TypeError,
+        "sampler=4",
+        "BatchSampling",
+    ),
+    # axes, masks, parameters
+    "axis": (
+        MAPS,
+        measure(None, axis=4),
+        ValueError,
+        "axis=4",
+        "features first axis=1",
+    ),
+    "axis-back": (MAPS, measure(None, axis=-5), ValueError, "axis=-5", "axis=-1"),
+    "axes": (MAPS, measure(None, axis=(1, 9)), ValueError, "(1, 9)", "axis=-1"),
+    "linen-axis": (MAPS, linen(axis=7), ValueError, "axis=7", "axis=1"),
+    "nnx-axis": (MAPS, nnx_layer(axis=7), ValueError, "axis=7", "axis=1"),
+    "normalize-axis": (MAPS, normalize(axis=4), ValueError, "axis=4", "axis=1"),
+    "mask": (
+        MAPS,
+        measure(None, mask=jnp.ones((8, 4), bool)),
+        ValueError,
+        "mask of shape (8, 4)",
+        "size 1",
+    ),
+    "mask-rank": (
+        ROWS,
+        measure(BS(2), mask=jnp.ones(MAPS, bool)),
+        ValueError,
+        "shape=(8, 3)",
+        "size 1",
+    ),
+    "mean": (MAPS, normalize(num_mean=1), ValueError, "mean of shape (1,)", "axis`"),
+    "var": (MAPS, normalize(num_var=4), ValueError, "var of shape (4,)", "axis`"),
+    "scale": (MAPS, normalize(scale=jnp.ones(4)), ValueError, "(4,)", "axis`"),
+    "bias": (MAPS, normalize(bias=jnp.ones((3, 1))), ValueError, "(3, 1)", "axis`"),
+    "mixture": (
+        ROWS,
+        lambda x: sbn.mix_statistics([sbn.Statistics(x[0], x[0])], [0.5, 0.5]),
+        ValueError,
+        "got 2 weights and 1 statistics",
+        "one weight for each",
+    ),
+    "empty-mixture": (
+        ROWS,
+        lambda x: sbn.mix_statistics([], []),
+        ValueError,
+        "0 statistics",
+        "one weight for each",
+    ),
+    # virtual rows
+    "virtual-shape": (
+        MAPS,
+        append((2, 4, 3)),
+        ValueError,
+        "virtual of shape (2, 4, 3)",
+        "virtual_samples(key, n, (4, 4, 3))",
+    ),
+    "virtual-strata": (
+        MAPS,
+        append((3, 4, 4, 3), 2),
+        ValueError,
+        "3 virtual",
+        "divide",
+    ),
+    "virtual-zero-strata": (ROWS, append(ROWS, 0), ValueError, "strata=0", "divide"),
+    "drop-rows": (
+        ROWS,
+        lambda x: sbn.drop_virtual(x, 9),
+        ValueError,
+        "num_virtual=9",
+        "batch size 8",
+    ),
+    "drop-strata": (
+        ROWS,
+        lambda x: sbn.drop_virtual(x, 3, 2),
+        ValueError,
+        "strata=2",
+        "divide both",
+    ),
+    "virtual-mean": (
+        ROWS,
+        lambda x: sbn.virtual_samples(KEY, 2, (4, 4, 3), mean=jnp.ones(4)),
+        ValueError,
+        "[4]",
+        "[4,4,3]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
+    shape, call, error, given, fix = ERRORS[name]
+    pattern = f"(?s)(?=.*{re.escape(given)}).*{re.escape(fix)}"
+    with pytest.raises(error, match=pattern) as raised:
+        jax.eval_shape(call, jax.ShapeDtypeStruct(shape, "float32"))
+    if name != "virtual-mean":  # jax's own
+        assert str(raised.value).startswith("Expected")
+
+
+def test_virtual_floats_are_not_cast_to_a_batch_of_integers():
+    with pytest.raises(ValueError, match=r"uint8 and virtual rows of float32\. Scale"):
+        sbn.append_virtual(jnp.ones(ROWS, "uint8"), jnp.ones(ROWS))
+
+
+def test_a_key_that_is_not_needed_is_fine():
+    sbn.batch_norm(jnp.ones(ROWS), sampler=NS(2), key=KEY)
+
+
+def test_one_row_of_many_pixels_is_enough():
+    sbn.batch_norm(jnp.ones(MAPS), sampler=NS(1))

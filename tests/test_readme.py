@@ -1,0 +1,43 @@
+"""The README's examples, each copied into a file of its own and run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = [
+    block
+    for block in re.findall(r"```python\n(.*?)```", README, re.S)
+    if ">>>" not in block
+]
+
+
+def test_the_drop_in_example_is_there_and_short() -> None:
+    (block,) = BLOCKS
+    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_examples_run_from_a_file(block, tmp_path) -> None:
+    path = tmp_path / "example.py"
+    path.write_text(block)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "(128, 10)\n"
+
+
+def test_named_commands_and_files_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert f"\n{target}:" in makefile
+    for link in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (ROOT / link).exists(), link

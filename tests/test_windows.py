@@ -1,0 +1,179 @@
+"""Blocks of positions: taken as NumPy's indexing takes them, drawn from a tiling."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
+from tests import samples
+
+KEYS = jax.random.split(jax.random.key(0), 400)
+
+
+def array(*values):
+    return jnp.array(values, jnp.int32)
+
+
+# Extent of the measured axes, and windows in it, one after the other.
+WINDOWS = {
+    "rows": ((12,), [Windows(1, (8,), (4,))]),
+    "rows-at-random": ((12,), [Windows(1, (jnp.int32(3),), (4,))]),
+    "rows-of-strata": ((12, 2), [Windows(3, (1, 0), (2, 2))]),
+    "rows-of-strata-at-random": ((12, 2), [Windows(3, (jnp.int32(2), 0), (2, 2))]),
+    "rows-by-stratum": ((12, 2), [Windows(3, (array(0, 2, 1), 0), (2, 2))]),
+    "patch": ((6, 5, 4), [Windows(1, (0, jnp.int32(2), 1), (6, 3, 2))]),
+    "patches": ((6, 5, 4), [Windows(2, (0, array(2, 0), array(1, 2)), (3, 3, 2))]),
+    "patch-by-row": ((3, 5), [Windows(3, (0, array(4, 0, 2)), (1, 1))]),
+    "many-patches": ((40, 3), [Windows(20, (0, array(*[0, 1] * 10)), (2, 2))]),
+    "volumes": ((4, 2, 3, 4), [Windows(2, (0, 1, array(1, 0), 0), (2, 1, 2, 4))]),
+    "patches-in-rows": (
+        (8, 6),
+        [Windows(1, (0, 0), (6, 6)), Windows(3, (0, array(4, 0, 2)), (2, 2))],
+    ),
+    "patches-in-rows-of-strata": (
+        (8, 6),
+        [Windows(2, (0, 0), (3, 6)), Windows(3, (0, array(4, 0, 2)), (2, 2))],
+    ),
+    "rows-in-rows-of-strata": (
+        (8, 2),
+        [Windows(2, (1, 0), (3, 2)), Windows(2, (jnp.int32(1), 0), (2, 2))],
+    ),
+}
+
+
+def indices(name):
+    """The flat positions that the windows hold, by NumPy."""
+    extent, windows = WINDOWS[name]
+    index = np.arange(math.prod(extent)).reshape(extent)
+    for window in windows:
+        index = samples.take(window, index)
+    return index
+
+
+def part_of(name):
+    extent, windows = WINDOWS[name]
+    return extent, Part(1.0, tuple(windows))
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", ["float32", "bool", "int8", "complex64"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_windows_take_what_indexing_takes(name, dtype, transform):
+    extent, part = part_of(name)
+    x = np.random.default_rng(0).integers(0, 99, (*extent, 3)).astype(dtype)
+    taken = transform(lambda x: part.take(x, range(len(extent))))(jnp.asarray(x))
+    expected = x.reshape(-1, 3)[indices(name)]
+    chex.assert_trees_all_equal(np.asarray(taken), expected)
+    assert part.num_values(extent) == indices(name).size
+
+
+@pytest.mark.parametrize("place", ["first", "middle", "both"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_feature_axes_may_be_anywhere(name, place):
+    extent, part = part_of(name)
+    features = {"first": [0], "middle": [1], "both": [0, len(extent) + 1]}[place]
+    num = len(features)
+    axes = [a for a in range(len(extent) + num) if a not in features]
+    first = np.arange(2**num * math.prod(extent)).reshape(*[2] * num, *extent)
+    x = jnp.asarray(np.moveaxis(first, range(num), features))
+    taken = jax.jit(lambda x: part.take(x, axes))(x)
+    expected = first.reshape(*[2] * num, -1)[..., indices(name)]
+    chex.assert_trees_all_equal(
+        np.moveaxis(np.asarray(taken), features, range(num)), np.int32(expected)
+    )
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_gradients_go_to_the_positions_taken(name):
+    extent, part = part_of(name)
+    index = indices(name)
+    g = jnp.arange(1.0, 1 + index.size).reshape(index.shape)
+    x = jnp.zeros(extent)
+
+    def take(x):
+        return part.take(x, range(len(extent)))
+
+    expected = np.zeros(math.prod(extent), np.float32)
+    expected[index] = np.asarray(g)
+    pullback = jax.jit(lambda g: jax.vjp(take, x)[1](g)[0])
+    chex.assert_trees_all_equal(pullback(g), jnp.asarray(expected.reshape(extent)))
+    # And again: the gradient's own gradient and tangent are those of a linear map.
+    chex.assert_trees_all_equal(
+        jax.vjp(pullback, g)[1](jnp.asarray(expected.reshape(extent)))[0], g
+    )
+    chex.assert_trees_all_equal(
+        jax.jvp(pullback, (0 * g,), (g,))[1], jnp.asarray(expected.reshape(extent))
+    )
+
+
+@pytest.mark.parametrize("mapped", ["x", "starts", "both"])
+def test_windows_may_be_mapped(mapped):
+    x = jnp.arange(2 * 6 * 5.0).reshape(2, 6, 5)
+    starts = array(*[0, 3, 2], *[1, 0, 3]).reshape(2, 3)
+
+    def take(x, starts):
+        return Windows(3, (0, starts), (2, 2)).take(x, (0, 1))
+
+    in_axes = (0 if mapped != "starts" else None, 0 if mapped != "x" else None)
+    args = (x if mapped != "starts" else x[0], starts if mapped != "x" else starts[0])
+    actual = jax.vmap(take, in_axes)(*args)
+    expected = jnp.stack(
+        [
+            take(x[i if mapped != "starts" else 0], starts[i if mapped != "x" else 0])
+            for i in range(2)
+        ]
+    )
+    chex.assert_trees_all_equal(actual, expected)
+
+
+def test_a_part_without_windows_is_everything():
+    x = jnp.arange(6).reshape(2, 3)
+    assert EVERYTHING.take(x, (0,)) is x
+    assert EVERYTHING.num_values((2, 5)) == 10
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_windows_take_under_float64_as_well(x64):
+    with jax.enable_x64(x64):
+        for name in ("rows-at-random", "patch", "patches"):
+            extent, part = part_of(name)
+            x = jnp.arange(math.prod(extent), dtype=float).reshape(extent)
+            taken = part.take(x, range(len(extent)))
+            chex.assert_trees_all_equal(np.asarray(taken), 1.0 * indices(name))
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "starts"),
+    [
+        (12, 3, [0, 3, 6, 9]),
+        (12, 5, [0, 5, 7]),
+        (12, 7, [0, 5]),
+        (12, 1, list(range(12))),
+        (12, 12, [0]),
+    ],
+)
+def test_tiles_cover_an_axis_and_the_last_one_moves_inwards(length, size, starts):
+    (drawn,) = jax.vmap(lambda key: jnp.asarray(random_tiles(key, [length], [size])))(
+        KEYS
+    ).T
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == starts
+    share = 1 / len(starts)
+    deviation = (share * (1 - share) / len(KEYS)) ** 0.5
+    assert (abs(counts / len(KEYS) - share) <= 5 * deviation).all()
+
+
+def test_tiles_of_axes_and_draws_are_independent():
+    a, b = random_tiles(jax.random.key(0), [64, 64], [1, 1], (1000,))
+    assert abs(np.corrcoef(a, b)[0, 1]) < 5 / 1000**0.5
+    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / 1000**0.5
+
+
+def test_a_whole_axis_needs_no_draw():
+    starts = random_tiles(jax.random.key(0), [5, 4], [5, 2], (3,))
+    assert starts[0] == 0
+    chex.assert_shape(starts[1], (3,))
