@@ -112,7 +112,7 @@ def batch_statistics(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from flax_sbn import BatchSampling, batch_statistics
-      >>> x = 1000 + jax.random.normal(jax.random.key(0), (64, 8, 8, 3))
+      >>> x = 1000 + jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
       >>> s = batch_statistics(x, sampler=BatchSampling(16), key=jax.random.key(1))
       >>> bool((abs(s.mean - 1000) < 0.1).all() and (abs(s.var - 1) < 0.1).all())
       True
@@ -211,8 +211,8 @@ def update_running(
       momentum: decay rate of the average, as in flax: the weight of the old value.
 
     Returns:
-      Statistics of shape ``(C,)``. Where ``statistics`` equals ``running`` nothing
-      changes, not even by rounding.
+      Statistics of shape ``(C,)``, in the dtype of ``running``. Where ``statistics``
+      equals it nothing changes, not even by rounding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -220,12 +220,13 @@ def update_running(
       >>> update_running(running, Statistics(jnp.array([2.0]), jnp.array([3.0])), 0.5)
       Statistics(mean=Array([1.], dtype=float32), var=Array([2.], dtype=float32))
     """
-    return Statistics(
-        *(
-            r + (1 - momentum) * (lax.stop_gradient(s) - r)
-            for r, s in zip(running, statistics, strict=True)
-        )
-    )
+
+    def update(r: jax.Array, s: jax.Array) -> jax.Array:
+        updated = r + (1 - momentum) * (lax.stop_gradient(s) - r)
+        # As in flax, a running mean that starts real becomes complex with its data.
+        return updated if jnp.iscomplexobj(updated) else updated.astype(r.dtype)
+
+    return Statistics(*map(update, running, statistics))
 
 
 def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:

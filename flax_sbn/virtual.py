@@ -52,9 +52,16 @@ def virtual_samples(
     not state the distribution: Gaussian noise is our formulation.
     """
     shape = tuple(shape)
-    mean, std = jnp.broadcast_to(mean, shape), jnp.broadcast_to(std, shape)
+    for name, value in (("mean", mean), ("std", std)):
+        try:
+            jnp.broadcast_to(value, shape)
+        except ValueError:
+            raise ValueError(
+                f"Expected {name} to broadcast to a row of {shape=}, got {name} of "
+                f"shape {jnp.shape(value)}. Give a scalar, or one value per feature."
+            ) from None
     noise = jax.random.normal(key, (num_virtual, *shape), dtype)
-    return (mean + std * noise).astype(dtype)
+    return (jnp.asarray(mean) + jnp.asarray(std) * noise).astype(dtype)
 
 
 def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Array:

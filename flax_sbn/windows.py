@@ -73,7 +73,7 @@ class Windows:
 def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
     fixed = [start for start in starts if isinstance(start, int)]
     if len(fixed) < len(starts):
-        return lax.dynamic_slice(x, starts, sizes)
+        return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in starts], sizes)
     return lax.slice(x, fixed, [a + n for a, n in zip(fixed, sizes, strict=True)])
 
 

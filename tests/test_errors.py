@@ -224,8 +224,8 @@ ERRORS = {
         ROWS,
         lambda x: sbn.virtual_samples(KEY, 2, (4, 4, 3), mean=jnp.ones(4)),
         ValueError,
-        "[4]",
-        "[4,4,3]",
+        "row of shape=(4, 4, 3), got mean of shape (4,)",
+        "one value per feature",
     ),
 }
 

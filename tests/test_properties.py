@@ -109,7 +109,7 @@ def test_what_was_measured_is_normalized(extent, sampler, seed):
     assert (abs(var - variance / deviation**2) < 100 * rounding).all()
 
 
-@modest
+@settings(modest, max_examples=15)  # compiles the most
 @given(extents, samplers, seeds)
 def test_gradients_are_finite(extent, sampler, seed):
     if num_measured(extent, sampler) is None:

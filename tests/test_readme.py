@@ -26,7 +26,7 @@ def test_examples_run_from_a_file(block, tmp_path) -> None:
     path = tmp_path / "example.py"
     path.write_text(block)
     done = subprocess.run(
-        [sys.executable, "-W", "error", path],
+        [sys.executable, path],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -147,6 +147,7 @@ def test_mixed_sampling_shows_the_real_rows_alone_to_the_real_sampler(name):
         (FS(1 / 4, groups=1), (2, 100, 1), (2, 25, 1)),
         (FS(1 / 16, groups=1), (2, 2, 32), (2, 1, 4)),
         (FS(1 / 8, groups=1), (2, 4, 4, 4), (2, 2, 2, 2)),
+        (FS(1 / 1000, groups=1), (2, 10, 10, 10), (2, 1, 1, 1)),
         (FS(1 / 64, groups=1), (2, 7, 7), (2, 1, 1)),
         (FS(1, groups=1), (2, 7, 5), (2, 7, 5)),
         # grown to the least number of values

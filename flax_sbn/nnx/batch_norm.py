@@ -26,8 +26,8 @@ class BatchNorm(nnx.BatchNorm):
 
     Positions are drawn from the rng stream ``'sampling'``, forked from ``rngs`` when
     the layer is made, anew in each layer and step; nothing is drawn at evaluation.
-    Input and output are ``(N, *spatial, C)``, of any real or complex dtype; running
-    statistics are float32. With ``sampler=None`` this is flax's layer to the bit, and
+    Input and output are ``(N, *spatial, C)``, of any real dtype; running statistics
+    are float32. With ``sampler=None`` this is flax's layer to the bit, and
     parameters and statistics always have flax's names: checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
