@@ -60,7 +60,6 @@ def normalize(
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
     features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-    args = [x]
 
     def expand(name: str, value: ArrayLike) -> jax.Array:
         value = jnp.asarray(value)
@@ -75,13 +74,11 @@ def normalize(
     y = x - expand("mean", statistics.mean)
     factor = lax.rsqrt(expand("var", statistics.var) + epsilon)
     if scale is not None:
-        args.append(expand("scale", scale))
-        factor *= args[-1]
+        factor *= expand("scale", scale)
     y *= factor
     if bias is not None:
-        args.append(expand("bias", bias))
-        y += args[-1]
-    return y.astype(canonicalize_dtype(*args, dtype=dtype))
+        y += expand("bias", bias)
+    return y.astype(_result_type(x, scale, bias, dtype=dtype))
 
 
 def batch_norm(
@@ -150,8 +147,12 @@ def batch_norm(
 
     Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
     """
+    x = jnp.asarray(x)
+    # The gradients of the measured and of all values meet here: in float32 they fuse
+    # into one addition, in half precision into none (on a CPU up to 4 x the time).
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     statistics = batch_statistics(
-        x,
+        wide,
         sampler=sampler,
         key=key,
         axis=axis,
@@ -161,5 +162,13 @@ def batch_norm(
         use_fast_variance=use_fast_variance,
         running=running,
     )
-    y = normalize(x, statistics, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype)
+    dtype = _result_type(x, scale, bias, dtype=dtype)
+    y = normalize(
+        wide, statistics, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype
+    )
     return y, statistics
+
+
+def _result_type(*args: ArrayLike | None, dtype: DTypeLike | None) -> DTypeLike:
+    given = [arg for arg in args if arg is not None]
+    return canonicalize_dtype(*given, dtype=dtype)
