@@ -220,7 +220,11 @@ def table(results: list[Result], report: dict[str, Any]) -> Table:
         f"jax {report['versions']['jax']}"
     )
     grid = Table(
-        title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     grid.add_column("input", no_wrap=True)
     grid.add_column("flax", justify="right", no_wrap=True)

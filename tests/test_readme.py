@@ -1,5 +1,6 @@
 """The README's examples, each copied into a file of its own and run."""
 
+import json
 import re
 import subprocess
 import sys
@@ -41,3 +42,21 @@ def test_named_commands_and_files_exist() -> None:
         assert f"\n{target}:" in makefile
     for link in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_figures_are_those_of_the_committed_results() -> None:
+    path = ROOT / "examples" / "results" / "digits" / "results.json"
+    for row in json.loads(path.read_text())["methods"]:
+        mean, spread = 100 * row["test_accuracy"], 100 * row["spread"]
+        cells = f"{100 * row['measured']:.1f} % | {mean:.1f} ± {spread:.1f} %"
+        assert f"| {row['method']} | {cells} |" in README
+
+    ratios = [
+        result["ratio"]
+        for dtype in ("float32", "bfloat16")
+        for result in json.loads(
+            (ROOT / "benchmarks" / "results" / f"layer-cpu-{dtype}.json").read_text()
+        )["results"]
+        if result["variant"] not in ("flax", "all")
+    ]
+    assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of" in README
