@@ -33,7 +33,7 @@ import methods
 from data import DataError, Dataset, load_cifar10, load_digits
 from networks import DTYPES, MODELS, NETWORKS, Settings
 from report import Report, Run, new_folder
-from training import Trainer
+from training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
 
@@ -175,7 +175,8 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
     if args.augment is None:
         settings = dataclasses.replace(settings, augment=dataset.augment)
-    return [Trainer(settings, method, dataset) for method in dict.fromkeys(chosen)]
+    data = to_device(dataset)
+    return [Trainer(settings, method, data) for method in dict.fromkeys(chosen)]
 
 
 def describe(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
@@ -271,7 +272,8 @@ def time_steps(trainers: list[Trainer]) -> dict[str, float]:
     for _ in range(_TIMING_ROUNDS):
         for i, trainer in enumerate(trainers):
             begin = time.perf_counter()
-            states[i] = jax.block_until_ready(trainer.step(states[i], trainer.data))
+            state = trainer.step(states[i], trainer.data.images, trainer.data.labels)
+            states[i] = jax.block_until_ready(state)
             seconds[i].append(time.perf_counter() - begin)
     return {
         trainer.method.name: statistics.median(

@@ -12,15 +12,46 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import flax_sbn as sbn
 from data import Dataset
 from methods import Method, Tally
-from networks import NETWORKS, Settings
+from networks import NETWORKS, Network, Settings
 
 _REFRESH_SECONDS = 0.25
 _EVAL_BATCH = 500
+
+
+class DeviceData(NamedTuple):
+    """A data set on the device, once for all trainers."""
+
+    images: jax.Array  # (N, H, W, C), uint8
+    labels: jax.Array
+    test: list[tuple[jax.Array, jax.Array]]  # batches of one size; label -1 is padding
+    mean: jax.Array  # (C,), of the training images
+    std: jax.Array
+    num_classes: int
+
+
+def to_device(dataset: Dataset) -> DeviceData:
+    """Moves a data set to the device."""
+    pixels = dataset.train_images.reshape(-1, dataset.train_images.shape[-1])
+    size = min(_EVAL_BATCH, len(dataset.test_images))
+    padding = -len(dataset.test_images) % size
+    images = np.pad(dataset.test_images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+    labels = np.pad(dataset.test_labels, (0, padding), constant_values=-1)
+    count = len(images) // size
+    batches = zip(np.split(images, count), np.split(labels, count), strict=True)
+    return DeviceData(
+        jax.device_put(dataset.train_images),
+        jax.device_put(dataset.train_labels),
+        jax.device_put(list(batches)),
+        jax.device_put(pixels.mean(0).astype(np.float32)),
+        jax.device_put(pixels.std(0).astype(np.float32)),
+        dataset.num_classes,
+    )
 
 
 class State(NamedTuple):
@@ -56,33 +87,24 @@ class Epoch(NamedTuple):
 class Trainer:
     """Trains a network with one method; compiles once for all seeds."""
 
-    def __init__(self, settings: Settings, method: Method, dataset: Dataset) -> None:
+    def __init__(self, settings: Settings, method: Method, data: DeviceData) -> None:
         """Checks that the method fits the settings, without computing anything.
 
         Raises:
           ValueError: if it does not: a sample larger than the batch, for instance.
         """
         self.settings, self.method = settings, method
-        self.classes = dataset.num_classes
-        size = len(dataset.train_images)
+        size = len(data.images)
         if not 1 <= settings.batch_size <= size:
             raise ValueError(
                 f"Expected a batch size between 1 and the {size} training images, got "
                 f"batch_size={settings.batch_size}."
             )
         self.steps = size // settings.batch_size
-        self.shape = dataset.train_images.shape[1:]
-        self.network = NETWORKS[settings.api](
-            settings, method, self.shape, self.classes
-        )
+        self.data, self.shape = data, data.images.shape[1:]
+        self.network = self._network(method)
         self.optimizer = _optimizer(settings, self.steps)
-        self.measured = self._measured(dataset)
-
-        self.data = jax.device_put((dataset.train_images, dataset.train_labels))
-        pixels = dataset.train_images.reshape(-1, self.shape[-1])
-        self.mean = jnp.asarray(pixels.mean(0), jnp.float32)
-        self.std = jnp.asarray(pixels.std(0), jnp.float32)
-        self.test = _test_batches(dataset)
+        self.measured = self._measured()
         self.step = jax.jit(self._step, donate_argnums=0)
         self._init = jax.jit(self._initial)
         self._evaluate = jax.jit(self._correct)
@@ -99,7 +121,7 @@ class Trainer:
             state = self._start_epoch(state)
             begin = shown = time.monotonic()
             for step in range(1, self.steps + 1):
-                state = self.step(state, self.data)
+                state = self.step(state, self.data.images, self.data.labels)
                 if time.monotonic() - shown > _REFRESH_SECONDS and step < self.steps:
                     yield self._progress(state, epoch, step, begin)
                     shown = time.monotonic()
@@ -109,9 +131,9 @@ class Trainer:
     def test_accuracy(self, state: State) -> float:
         """Returns the share of test images that are classified correctly."""
         correct = [
-            self._evaluate(state.params, state.rest, *batch) for batch in self.test
+            self._evaluate(state.params, state.rest, *batch) for batch in self.data.test
         ]
-        return float(sum(correct)) / sum(int((y >= 0).sum()) for _, y in self.test)
+        return float(sum(correct)) / sum(int((y >= 0).sum()) for _, y in self.data.test)
 
     def _progress(self, state: State, epoch: int, step: int, begin: float) -> Epoch:
         loss, correct = jax.device_get((state.loss, state.correct))
@@ -124,7 +146,7 @@ class Trainer:
     def _initial(self, key: jax.Array) -> State:
         key, init_key = jax.random.split(key)
         params, rest = self.network.init(init_key)
-        order = jnp.zeros(len(self.data[0]), jnp.int32)
+        order = jnp.zeros(len(self.data.images), jnp.int32)
         return State(params, rest, self.optimizer.init(params), key, order, *_zeros())
 
     def _shuffle(self, state: State) -> State:
@@ -133,13 +155,19 @@ class Trainer:
         return State(*state[:3], key, order, *_zeros())
 
     def _scale(self, images: jax.Array) -> jax.Array:
-        return (images.astype(jnp.float32) - self.mean) / self.std
+        return (images.astype(jnp.float32) - self.data.mean) / self.data.std
 
-    def _step(self, state: State, data: tuple[jax.Array, jax.Array]) -> State:
+    def _network(self, method: Method) -> Network:
+        network = NETWORKS[self.settings.api]
+        return network(self.settings, method, self.shape, self.data.num_classes)
+
+    def _step(
+        self, state: State, all_images: jax.Array, all_labels: jax.Array
+    ) -> State:
         rows = self.settings.batch_size
         keys = jax.random.split(state.key, 4)
         picked = jax.lax.dynamic_slice_in_dim(state.order, state.step * rows, rows)
-        images, labels = data[0][picked], data[1][picked]
+        images, labels = all_images[picked], all_labels[picked]
         if self.settings.augment:
             images = _crop_and_flip(images, keys[1])
 
@@ -189,7 +217,7 @@ class Trainer:
         logits = self.network.evaluate(params, rest, self._scale(images))
         return (logits.argmax(-1) == labels).sum()
 
-    def _measured(self, dataset: Dataset) -> float | None:
+    def _measured(self) -> float | None:
         """Traces a forward pass and returns the share of values that is measured."""
         if self.method.kind != "batch":
             return None
@@ -197,9 +225,7 @@ class Trainer:
         method = dataclasses.replace(
             self.method, sampler=Tally(self.method.sampler, counts)
         )
-        network = NETWORKS[self.settings.api](
-            self.settings, method, self.shape, self.classes
-        )
+        network = self._network(method)
         rows = self.settings.batch_size + self.method.num_virtual
 
         def forward(key: jax.Array) -> jax.Array:
@@ -227,21 +253,6 @@ def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
 
 def _is_kernel(params: Any) -> Any:
     return jax.tree.map(lambda param: jnp.ndim(param) > 1, params)
-
-
-def _test_batches(dataset: Dataset) -> list[tuple[jax.Array, jax.Array]]:
-    """Returns the test set in batches of one size; padding has label -1."""
-    size = min(_EVAL_BATCH, len(dataset.test_images))
-    padding = -len(dataset.test_images) % size
-    images = jnp.pad(dataset.test_images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    labels = jnp.pad(dataset.test_labels, (0, padding), constant_values=-1)
-    return list(
-        zip(
-            images.reshape(-1, size, *images.shape[1:]),
-            labels.reshape(-1, size),
-            strict=True,
-        )
-    )
 
 
 def _crop_and_flip(images: jax.Array, key: jax.Array, pad: int = 4) -> jax.Array:

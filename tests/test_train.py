@@ -16,10 +16,10 @@ import train
 from data import load_digits
 from networks import NETWORKS, Settings
 from report import Report, Run
-from training import Trainer
+from training import Trainer, to_device
 
 SMALL = ["--model", "mlp", "--width", "2", "--epochs", "2", "--seeds", "1"]
-DIGITS = load_digits().limited(256)
+DIGITS = to_device(load_digits().limited(256))
 
 
 def small_trainer(name: str, **settings: object) -> Trainer:
@@ -89,7 +89,7 @@ def test_every_kind_of_norm_trains_in_both_apis(api, model, name) -> None:
 
 def test_training_lowers_the_loss_and_learns() -> None:
     settings = Settings(model="mlp", epochs=5)
-    trainer = Trainer(settings, methods.parse_method("bs:32"), load_digits())
+    trainer = Trainer(settings, methods.parse_method("bs:32"), to_device(load_digits()))
     losses = [epoch for epoch in trainer.train(seed=0) if epoch.done]
     assert losses[-1].loss < losses[0].loss / 2
     assert losses[-1].test_accuracy > 0.8
@@ -110,9 +110,10 @@ def test_one_program_serves_all_steps_and_seeds() -> None:
 
 def test_a_step_moves_nothing_between_host_and_device() -> None:
     trainer = small_trainer("bs:4+vdn:4", model="mlp")
-    state = trainer.step(trainer.init(0), trainer.data)
+    data = trainer.data.images, trainer.data.labels
+    state = trainer.step(trainer.init(0), *data)
     with jax.transfer_guard("disallow"):
-        state = trainer.step(state, trainer.data)
+        state = trainer.step(state, *data)
     assert int(state.step) == 2
 
 
