@@ -51,6 +51,11 @@ def test_figures_are_those_of_the_committed_results() -> None:
         cells = f"{100 * row['measured']:.1f} % | {mean:.1f} ± {spread:.1f} %"
         assert f"| {row['method']} | {cells} |" in README
 
+    path = ROOT / "examples" / "results" / "digits-mlp" / "results.json"
+    rows = {row["method"]: row for row in json.loads(path.read_text())["methods"]}
+    few, all_rows = (100 * rows[name]["test_accuracy"] for name in ("bs:4", "bn"))
+    assert f"{few:.1f} % instead of {all_rows:.1f} %" in README
+
     ratios = [
         result["ratio"]
         for dtype in ("float32", "bfloat16")
