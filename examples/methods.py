@@ -47,17 +47,12 @@ class Method:
     sampler: sbn.Sampler | None = None
 
     @property
-    def num_virtual(self) -> int:
-        """How many virtual rows the sampler expects in the batch."""
+    def virtual(self) -> sbn.VirtualSampling | None:
+        """Which virtual rows the sampler expects in the batch, if any."""
         sampler = self.sampler
         if isinstance(sampler, sbn.MixedSampling):
             sampler = sampler.virtual
-        return sampler.num_virtual if isinstance(sampler, sbn.VirtualSampling) else 0
-
-    @property
-    def strata(self) -> int:
-        """Into how many equal parts of the batch the virtual rows go."""
-        return getattr(getattr(self.sampler, "virtual", self.sampler), "strata", 1)
+        return sampler if isinstance(sampler, sbn.VirtualSampling) else None
 
 
 @dataclasses.dataclass(frozen=True)

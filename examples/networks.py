@@ -5,6 +5,7 @@ the rest, which does not: running statistics and, in nnx, random streams.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -37,6 +38,12 @@ class Settings:
     dtype: str = "float32"
     augment: bool = False
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features of the residual network's stages, or of the hidden layers."""
+        factors = (8, 8) if self.model == "mlp" else (1, 2, 4)
+        return tuple(factor * self.width for factor in factors)
+
 
 class Network(Protocol):
     """A model with functional parameters: the same three calls for linen and nnx."""
@@ -64,10 +71,13 @@ class LinenNetwork:
         def model(train: bool) -> Any:
             norm = linen_norm(method, train, dtype)
             if settings.model == "mlp":
-                return MLP(classes, norm, (8 * settings.width,) * 2, dtype)
-            widths = (settings.width, 2 * settings.width, 4 * settings.width)
+                return MLP(classes, norm, settings.widths, dtype)
             return ResNet(
-                classes, norm, widths=widths, dtype=dtype, **MODELS[settings.model]
+                classes,
+                norm,
+                widths=settings.widths,
+                dtype=dtype,
+                **MODELS[settings.model],
             )
 
         self.shape = shape
@@ -106,18 +116,19 @@ class NnxNetwork:
 
         def model(rngs: nnx.Rngs) -> nnx.Module:
             if settings.model == "mlp":
-                inputs, widths = (
-                    shape[0] * shape[1] * shape[2],
-                    (8 * settings.width,) * 2,
-                )
                 return NnxMLP(
-                    inputs, classes, norm, widths=widths, dtype=dtype, rngs=rngs
+                    math.prod(shape),
+                    classes,
+                    norm,
+                    widths=settings.widths,
+                    dtype=dtype,
+                    rngs=rngs,
                 )
             return NnxResNet(
                 shape[2],
                 classes,
                 norm,
-                widths=(settings.width, 2 * settings.width, 4 * settings.width),
+                widths=settings.widths,
                 dtype=dtype,
                 rngs=rngs,
                 **MODELS[settings.model],

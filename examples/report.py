@@ -1,5 +1,6 @@
 """What a comparison leaves behind: a new folder of numbers and a plot; a table."""
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -7,6 +8,7 @@ import itertools
 import json
 import os
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +177,9 @@ def new_folder(wanted: Path | None, name: str) -> Path:
     raise AssertionError
 
 
-class _replacing:  # noqa: N801 - reads as a verb
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
     """Hands out a temporary path and moves it into place when all went well."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.part{path.suffix}")
-
-    def __enter__(self) -> Path:
-        return self.temporary
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            os.replace(self.temporary, self.path)
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    yield temporary
+    os.replace(temporary, path)

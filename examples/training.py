@@ -30,6 +30,7 @@ class DeviceData(NamedTuple):
     images: jax.Array  # (N, H, W, C), uint8
     labels: jax.Array
     test: list[tuple[jax.Array, jax.Array]]  # batches of one size; label -1 is padding
+    num_test: int  # without padding
     mean: jax.Array  # (C,), of the training images
     std: jax.Array
     num_classes: int
@@ -48,6 +49,7 @@ def to_device(dataset: Dataset) -> DeviceData:
         jax.device_put(dataset.train_images),
         jax.device_put(dataset.train_labels),
         jax.device_put(list(batches)),
+        len(dataset.test_images),
         jax.device_put(pixels.mean(0).astype(np.float32)),
         jax.device_put(pixels.std(0).astype(np.float32)),
         dataset.num_classes,
@@ -133,7 +135,7 @@ class Trainer:
         correct = [
             self._evaluate(state.params, state.rest, *batch) for batch in self.data.test
         ]
-        return float(sum(correct)) / sum(int((y >= 0).sum()) for _, y in self.data.test)
+        return float(sum(correct)) / self.data.num_test
 
     def _progress(self, state: State, epoch: int, step: int, begin: float) -> Epoch:
         loss, correct = jax.device_get((state.loss, state.correct))
@@ -200,14 +202,14 @@ class Trainer:
         virtual_key: jax.Array,
     ) -> tuple[jax.Array, Any]:
         x = self._scale(images)
-        count, strata = self.method.num_virtual, self.method.strata
-        if count == 0:
+        virtual = self.method.virtual
+        if virtual is None:
             return self.network.train(params, rest, x, sampling_key)
         # VDN is these three lines: append at the input, measure in the layers (the
         # sampler says so), drop before the loss.
-        x = sbn.append_virtual(
-            x, sbn.virtual_samples(virtual_key, count, x.shape[1:]), strata
-        )
+        count, strata = virtual.num_virtual, virtual.strata
+        noise = sbn.virtual_samples(virtual_key, count, x.shape[1:])
+        x = sbn.append_virtual(x, noise, strata)
         logits, rest = self.network.train(params, rest, x, sampling_key)
         return sbn.drop_virtual(logits, count, strata), rest
 
@@ -226,7 +228,9 @@ class Trainer:
             self.method, sampler=Tally(self.method.sampler, counts)
         )
         network = self._network(method)
-        rows = self.settings.batch_size + self.method.num_virtual
+        rows = self.settings.batch_size
+        if self.method.virtual is not None:
+            rows += self.method.virtual.num_virtual
 
         def forward(key: jax.Array) -> jax.Array:
             x = jnp.zeros((rows, *self.shape))

@@ -61,8 +61,8 @@ def test_other_names_are_refused(text) -> None:
 def test_samplers_are_written_as_in_python() -> None:
     text = "MixedSampling(FeatureSampling(1/16, groups=2), VirtualSampling(4, 2), 0.25)"
     assert methods.parse_sampler(text).sampler == eval(text, vars(sbn))
-    assert methods.parse_sampler(text).num_virtual == 4
-    assert methods.parse_sampler(text).strata == 2
+    assert methods.parse_sampler(text).virtual == sbn.VirtualSampling(4, strata=2)
+    assert methods.parse_method("bs:4").virtual is None
 
 
 @pytest.mark.parametrize(
