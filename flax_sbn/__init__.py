@@ -9,6 +9,7 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
 """
 
 from flax_sbn import linen, nnx
+from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold, relu
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.sampling import (
     BatchSampling,
@@ -34,18 +35,23 @@ __all__ = [
     "FeatureSampling",
     "MixedSampling",
     "NaiveSampling",
+    "NormOptions",
     "Sampler",
     "Statistics",
     "VirtualSampling",
     "append_virtual",
     "batch_norm",
     "batch_statistics",
+    "conv_norm",
+    "dense_norm",
     "drop_virtual",
+    "fold",
     "linen",
     "mix_statistics",
     "nnx",
     "normalize",
     "num_measured",
+    "relu",
     "update_running",
     "virtual_samples",
 ]

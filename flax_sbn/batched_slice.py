@@ -1,13 +1,13 @@
-"""``lax.dynamic_slice`` of every entry of a leading axis, with a cheap transpose.
+"""Blocks out of every entry of a leading axis, with a cheap transpose.
 
 ``jax.vmap`` of a dynamic slice is a gather, and its transpose a scatter into zeros:
-slow on every backend. Here the transpose is a gather, too, in which each position of
-the large array looks up the block that may cover it, so that it fuses with the gradient
-that it is added to. Both directions are primitives, each the other's transpose, and so
-differentiate in either mode and to any order.
+slow on every backend. A block that may stick out of its array, with zeros there, is its
+own transpose: the gradient is a block of the cotangent, at the negated start. So one
+primitive does both, differentiates in either mode and to any order, and what it returns
+fuses into the gradient that it is added to. Nor does a window of a padded array need
+the padded copy.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,92 +18,104 @@ from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
 
-def batched_slice(x: jax.Array, starts: jax.Array, sizes: Sequence[int]) -> jax.Array:
-    """Returns one block of each entry of ``x``.
+def batched_slice(
+    x: jax.Array, starts: jax.Array, axes: Sequence[int], sizes: Sequence[int]
+) -> jax.Array:
+    """Returns one block of each entry of ``x``, zero where it sticks out.
 
     Args:
-      x: ``(G, *dims)``.
-      starts: ``(G, len(dims))``, int32: first position of each block, such that the
-        block lies inside.
-      sizes: extent of a block on each of ``dims``.
+      x: ``(G, ...)``.
+      starts: ``(G, len(axes))``, int32: first position of each block; may be negative.
+      axes: the axes that are sliced, ascending, none of them the first.
+      sizes: extent of a block on each of ``axes``.
 
     Returns:
-      ``(G, *sizes)``.
+      ``x`` with extents ``sizes`` on ``axes``.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> x = jnp.arange(8.0).reshape(2, 4)
-      >>> batched_slice(x, jnp.array([[0], [2]]), (2,))
-      Array([[0., 1.],
-             [6., 7.]], dtype=float32)
+      >>> x = jnp.arange(1.0, 9.0).reshape(2, 4)
+      >>> batched_slice(x, jnp.array([[0], [3]]), (1,), (2,))
+      Array([[1., 2.],
+             [8., 0.]], dtype=float32)
     """
-    return _slice_p.bind(x, starts, sizes=tuple(sizes))
+    return _slice_p.bind(x, starts, axes=tuple(axes), sizes=tuple(sizes))
 
 
-def _slice(x: jax.Array, starts: jax.Array, *, sizes: tuple[int, ...]) -> jax.Array:
-    return jax.vmap(lambda a, start: lax.dynamic_slice(a, start, sizes))(x, starts)
-
-
-def _place(z: jax.Array, starts: jax.Array, *, sizes: tuple[int, ...]) -> jax.Array:
-    """Puts blocks ``(G, *block)`` where they were taken from; zero everywhere else."""
-    covered = jnp.ones((), bool)
-    for axis, (block, size) in enumerate(zip(z.shape[1:], sizes, strict=True)):
-        if block < size:
-            index = jnp.arange(size) - starts[:, axis, None]
-            z = jax.vmap(functools.partial(jnp.take, axis=axis, mode="clip"))(z, index)
-            others = [a for a in range(1, z.ndim) if a != axis + 1]
-            covered &= jnp.expand_dims((index >= 0) & (index < block), others)
-    return jnp.where(covered, z, 0)
-
-
-def _primitive(name: str, function: Any) -> core.Primitive:
-    primitive = core.Primitive(name)
-    primitive.def_impl(jax.jit(function, static_argnames="sizes"))
-    primitive.def_abstract_eval(
-        lambda x, starts, *, sizes: x.update(shape=(x.shape[0], *sizes))
+def _slice(
+    x: jax.Array, starts: jax.Array, *, axes: tuple[int, ...], sizes: tuple[int, ...]
+) -> jax.Array:
+    # One gather, whose indices run over all axes up to the last sliced one: XLA would
+    # transpose the result otherwise, and then no reduction fuses with it.
+    lead = max(axes) + 1
+    shape = _shape(x.shape, axes, sizes)[:lead]
+    index = [
+        jnp.expand_dims(starts[:, i], range(1, lead))
+        + lax.broadcasted_iota(jnp.int32, (1, *shape[1:]), axis)
+        for i, axis in enumerate(axes)
+    ]
+    kept = tuple(a for a in range(lead) if a not in axes)
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(lead, x.ndim)),
+        collapsed_slice_dims=axes,
+        start_index_map=axes,
+        operand_batching_dims=kept,
+        start_indices_batching_dims=kept,
     )
-    mlir.register_lowering(primitive, mlir.lower_fun(function, multiple_results=False))
-    ad.defjvp(
-        primitive,
-        lambda t, x, starts, *, sizes: primitive.bind(t, starts, sizes=sizes),
-        None,
+    window = (1,) * lead + x.shape[lead:]
+    return lax.gather(
+        x, jnp.stack(index, axis=-1), dimensions, window, mode="fill", fill_value=0
     )
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    return primitive
+
+
+def _shape(
+    shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Returns ``shape`` with ``sizes`` on ``axes``."""
+    extents = dict(zip(axes, sizes, strict=True))
+    return tuple(extents.get(axis, n) for axis, n in enumerate(shape))
 
 
 def _batch(
-    primitive: core.Primitive,
     args: Sequence[jax.Array],
-    axes: Sequence[int | None],
+    dims: Sequence[int | None],
     *,
+    axes: tuple[int, ...],
     sizes: tuple[int, ...],
 ) -> tuple[jax.Array, int]:
     """Merges the mapped axis with the leading one."""
     (count,) = {
-        a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None
+        a.shape[dim] for a, dim in zip(args, dims, strict=True) if dim is not None
     }
     x, starts = (
         jnp.broadcast_to(a, (count, *a.shape))
-        if axis is None
-        else jnp.moveaxis(a, axis, 0)
-        for a, axis in zip(args, axes, strict=True)
+        if dim is None
+        else jnp.moveaxis(a, dim, 0)
+        for a, dim in zip(args, dims, strict=True)
     )
-    merged = primitive.bind(
-        x.reshape(-1, *x.shape[2:]), starts.reshape(-1, *starts.shape[2:]), sizes=sizes
+    merged = batched_slice(
+        x.reshape(-1, *x.shape[2:]), starts.reshape(-1, *starts.shape[2:]), axes, sizes
     )
-    return merged.reshape(*x.shape[:2], *sizes), 0
+    return merged.reshape(*x.shape[:2], *merged.shape[1:]), 0
 
 
 def _transpose(
-    other: core.Primitive, ct: Any, x: Any, starts: jax.Array, *, sizes: tuple[int, ...]
+    ct: Any, x: Any, starts: jax.Array, *, axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[Any, None]:
     if type(ct) is ad.Zero:
         return ad.Zero(x.aval), None
-    return other.bind(ct, starts, sizes=x.aval.shape[1:]), None
+    extents = [x.aval.shape[axis] for axis in axes]
+    return batched_slice(ct, -starts, axes, extents), None
 
 
-_slice_p = _primitive("batched_slice", _slice)
-_place_p = _primitive("batched_place", _place)
-ad.primitive_transposes[_slice_p] = functools.partial(_transpose, _place_p)
-ad.primitive_transposes[_place_p] = functools.partial(_transpose, _slice_p)
+_slice_p = core.Primitive("batched_slice")
+_slice_p.def_impl(jax.jit(_slice, static_argnames=("axes", "sizes")))
+_slice_p.def_abstract_eval(
+    lambda x, starts, *, axes, sizes: x.update(shape=_shape(x.shape, axes, sizes))
+)
+mlir.register_lowering(_slice_p, mlir.lower_fun(_slice, multiple_results=False))
+ad.defjvp(
+    _slice_p, lambda t, x, starts, **params: _slice_p.bind(t, starts, **params), None
+)
+ad.primitive_transposes[_slice_p] = _transpose
+batching.primitive_batchers[_slice_p] = _batch

@@ -4,6 +4,7 @@ Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.sampling import Sampler, sampled_parts
+from flax_sbn.windows import Part
 
 Axis = int | Sequence[int]
 
@@ -123,21 +125,51 @@ def batch_statistics(
     axes = reduction_axes(x.ndim, axis)
     parts = sampled_parts(sampler, tuple(x.shape[a] for a in axes), key)
     if mask is not None:
-        mask = _broadcast_mask(mask, x.shape)
+        mask = broadcast_mask(mask, x.shape)
 
+    return part_statistics(
+        parts,
+        [part.take(x, axes) for part in parts],
+        axes,
+        masks=None if mask is None else [part.take(mask, axes) for part in parts],
+        one_pass=use_fast_variance and sampler is None,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        running=running,
+    )
+
+
+def part_statistics(
+    parts: Sequence[Part],
+    values: Sequence[jax.Array],
+    axes: tuple[int, ...],
+    *,
+    masks: Sequence[jax.Array] | None = None,
+    one_pass: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+    axis_index_groups: Any = None,
+    running: Statistics | None = None,
+) -> Statistics:
+    """Returns the statistics of values that were taken part by part.
+
+    Args:
+      parts: what a sampler measures.
+      values: the values of each part, with ``axes`` to reduce.
+      axes: rows and spatial axes.
+      masks: booleans of the shapes of ``values``: False leaves a value out.
+      one_pass: see ``use_fast_variance`` of :func:`batch_statistics`, as for the rest.
+      axis_name: see there.
+      axis_index_groups: see there.
+      running: see there.
+    """
     moments = [
-        _moments(
-            part.take(x, axes),
-            axes,
-            where=None if mask is None else part.take(mask, axes),
-            one_pass=use_fast_variance and sampler is None,
-        )
-        for part in parts
+        _moments(x, axes, where, one_pass)
+        for x, where in zip(values, masks or itertools.repeat(None), strict=False)
     ]
     if axis_name is not None:
         moments = _pool(moments, axis_name, axis_index_groups, running)
     statistics = [Statistics(mean, var) for _, mean, var in moments]
-    if mask is None:
+    if masks is None:
         return mix_statistics(statistics, [part.weight for part in parts])
 
     # A part of which nothing was measured leaves its weight to the others.
@@ -242,7 +274,8 @@ def _abs_square(x: jax.Array) -> jax.Array:
     return lax.square(x)
 
 
-def _broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """Returns a mask of the given shape, or raises a ValueError that says why not."""
     mask = jnp.asarray(mask, bool)
     try:
         return jnp.broadcast_to(mask, shape)

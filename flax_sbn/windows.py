@@ -26,7 +26,8 @@ class Windows:
     Attributes:
       runs: number of equal, contiguous runs that the rows are split into.
       starts: first position of the block on each axis, ``(N, *spatial)``, rows counted
-        from the beginning of the run: an int, a scalar array, or one entry a run.
+        from the beginning of the run: an int, a scalar array, or one entry a run. Only
+        with one entry a run may a block stick out of the array: zeros are read there.
       sizes: extent of every block on each axis.
     """
 
@@ -56,16 +57,18 @@ class Windows:
         # Axis `rows` now counts runs, and each measured axis has moved up by one.
         starts: list[Start] = [0] * x.ndim
         sizes = list(x.shape)
+        scattered: list[tuple[int, jax.Array, int]] = []
         for axis, start, size in zip(axes, self.starts, self.sizes, strict=True):
-            starts[axis + 1], sizes[axis + 1] = start, size
+            if isinstance(start, jax.Array) and start.ndim:
+                scattered.append((axis + 1, start, size))
+            else:
+                starts[axis + 1], sizes[axis + 1] = start, size
 
-        if all(jnp.ndim(start) == 0 for start in starts):
-            blocks = _slice(x, starts, sizes)
-        else:
-            x = jnp.moveaxis(x, rows, 0)
-            del starts[rows], sizes[rows]
-            each = [jnp.broadcast_to(start, (self.runs,)) for start in starts]
-            blocks = batched_slice(x, jnp.stack(each, axis=1), sizes)
+        blocks = _slice(x, starts, sizes)
+        if scattered:
+            along, each, extents = zip(*scattered, strict=True)
+            blocks = jnp.moveaxis(blocks, rows, 0)  # axes after the rows stay
+            blocks = batched_slice(blocks, jnp.stack(each, axis=1), along, extents)
             blocks = jnp.moveaxis(blocks, 0, rows)
         return blocks.reshape(*before, self.shape[0], *blocks.shape[rows + 2 :])
 

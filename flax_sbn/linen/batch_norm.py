@@ -1,5 +1,8 @@
 """flax.linen.BatchNorm plus a sampler."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -81,36 +84,50 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         axes = reduction_axes(x.ndim, self.axis)
-        draws = needs_key(self.sampler)
+        needs_key(self.sampler)  # complains, also where nothing is measured
         if evaluate or self.is_initializing():
             return super().__call__(x, use_running_average, mask=mask)
 
-        features = [n for a, n in enumerate(x.shape) if a not in axes]
-        running = self._running(features)
+        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
         if self.sampler is None:
+            running = self.running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
-                self._set_running(keep_unmeasured(self._running(features), running))
+                self._set_running(keep_unmeasured(self.running(features), running))
             return y
 
+        return self.measured(
+            functools.partial(batch_norm, x, axis=self.axis), features, mask
+        )
+
+    def measured(
+        self,
+        norm: Callable[..., tuple[jax.Array, Statistics]],
+        features: tuple[int, ...],
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes with what ``norm`` measures, and updates the running statistics.
+
+        Args:
+          norm: called with scale, bias and the layer's options.
+          features: extent of the feature axes.
+          mask: see ``__call__``.
+
+        Returns:
+          The first result of ``norm``.
+        """
+        draws = needs_key(self.sampler)
         if draws and not self.has_rng("sampling"):
             raise ValueError(
                 f"Expected an rng stream 'sampling' for {self.sampler}, got none in "
                 f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
                 "rngs={'sampling': key} to apply, a fresh key each step."
             )
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
-        y, statistics = batch_norm(
-            x,
-            scale,
-            bias,
+        running = self.running(features)
+        y, statistics = norm(
+            *self.affine(features),
             sampler=self.sampler,
             key=self.make_rng("sampling") if draws else None,
-            axis=self.axis,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
@@ -121,10 +138,22 @@ class BatchNorm(nn.BatchNorm):
         self._set_running(update_running(running, statistics, self.momentum))
         return y
 
-    def _running(self, features: list[int]) -> Statistics:
-        mean = self.get_variable(
-            "batch_stats", "mean", jnp.zeros(features, jnp.float32)
-        )
+    def affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
+        """Returns scale and bias, None where the layer has none."""
+        # Of the scope, so that another layer may ask for them.
+        assert self.scope is not None
+        scale = bias = None
+        dtype = self.param_dtype
+        if self.use_scale:
+            scale = self.scope.param("scale", self.scale_init, features, dtype)
+        if self.use_bias:
+            bias = self.scope.param("bias", self.bias_init, features, dtype)
+        return scale, bias
+
+    def running(self, features: tuple[int, ...]) -> Statistics:
+        """Returns the running statistics."""
+        mean = jnp.zeros(features, jnp.float32)
+        mean = self.get_variable("batch_stats", "mean", mean)
         var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
         return Statistics(mean, var)
 

@@ -1,5 +1,7 @@
 """flax.nnx.BatchNorm plus a sampler."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -103,26 +105,39 @@ class BatchNorm(nnx.BatchNorm):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
-        running = Statistics(self.mean[...], self.var[...])
+        running = self.running()
         if self.sampler is None or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
-                updated = Statistics(self.mean[...], self.var[...])
-                self._set_running(keep_unmeasured(updated, running))
+                self._set_running(keep_unmeasured(self.running(), running))
             return y
 
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
+        scale, bias = self.affine()
         x, _, _, scale, bias = self.promote_dtype(
             (x, *running, scale, bias), dtype=self.dtype
         )
-        y, statistics = batch_norm(
-            x,
-            scale,
-            bias,
+        return self.measured(
+            functools.partial(batch_norm, x, scale, bias, axis=self.axis), mask
+        )
+
+    def measured(
+        self,
+        norm: Callable[..., tuple[jax.Array, Statistics]],
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes with what ``norm`` measures, and updates the running statistics.
+
+        Args:
+          norm: called with the layer's options.
+          mask: see ``__call__``.
+
+        Returns:
+          The first result of ``norm``.
+        """
+        running = self.running()
+        y, statistics = norm(
             sampler=self.sampler,
             key=None if self.rngs is None else self.rngs(),
-            axis=self.axis,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
@@ -132,6 +147,16 @@ class BatchNorm(nnx.BatchNorm):
         )
         self._set_running(update_running(running, statistics, self.momentum))
         return y
+
+    def affine(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Returns scale and bias, None where the layer has none."""
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        return scale, bias
+
+    def running(self) -> Statistics:
+        """Returns the running statistics."""
+        return Statistics(self.mean[...], self.var[...])
 
     def _set_running(self, running: Statistics) -> None:
         self.mean[...], self.var[...] = running

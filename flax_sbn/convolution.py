@@ -1,0 +1,167 @@
+"""A convolution's geometry: what of the input a part of the output needs.
+
+Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``I`` input and ``C``
+output features.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax.linen.linear import canonicalize_padding
+from jax import lax
+
+from flax_sbn.windows import Part, Windows
+
+Padding = str | int | Sequence[int | tuple[int, int]]
+Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution:
+    """A convolution of given geometry; call it with ``x`` and ``kernel``.
+
+    Attributes:
+      window: extent of the kernel on each spatial axis, as are the following.
+      strides: steps of the window.
+      padding: zeros before and after; negative ones crop.
+      input_dilation: one more than the zeros between the input's positions.
+      kernel_dilation: likewise of the kernel.
+      function: what computes it, with the options that are not geometry.
+    """
+
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    function: Callable[..., jax.Array]
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns ``(N, *spatial, C)``."""
+        last = x.ndim - 1
+        features_last = (0, last, *range(1, last))
+        return self.function(
+            x,
+            kernel,
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(
+                features_last, (last, last - 1, *range(last - 1)), features_last
+            ),
+        )
+
+    def restrict(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, "Convolution"]:
+        """Returns the input below a part of the output, and the convolution there.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          part: positions of the output.
+          extent: extent of the output's spatial axes.
+        """
+        here = self
+        for windows in part.windows:
+            x, here = here._below(x, windows, extent)
+            extent = windows.sizes[1:]
+        return x, here
+
+    def _below(
+        self, x: jax.Array, windows: Windows, extent: Sequence[int]
+    ) -> tuple[jax.Array, "Convolution"]:
+        starts, sizes = [windows.starts[0]], [windows.sizes[0]]
+        padding, dilation = list(self.padding), list(self.input_dilation)
+        gaps = [(0, 0, 0)] * x.ndim
+        for i, whole in enumerate(extent):
+            start, size = windows.starts[i + 1], windows.sizes[i + 1]
+            if size == whole:
+                starts.append(0)
+                sizes.append(x.shape[i + 1])
+                continue
+            first = jnp.asarray(start * self.strides[i] - padding[i][0], jnp.int32)
+            starts.append(jnp.broadcast_to(first, windows.runs))
+            reach = (self.window[i] - 1) * self.kernel_dilation[i]
+            sizes.append((size - 1) * self.strides[i] + reach + 1)
+            gaps[i + 1] = (0, 0, dilation[i] - 1)
+            padding[i], dilation[i] = (0, 0), 1
+        if any(gap for _, _, gap in gaps):
+            x = lax.pad(x, jnp.zeros((), x.dtype), gaps)
+        x = Windows(windows.runs, tuple(starts), tuple(sizes)).take(
+            x, range(x.ndim - 1)
+        )
+        here = dataclasses.replace(
+            self, padding=tuple(padding), input_dilation=tuple(dilation)
+        )
+        return x, here
+
+
+def make_convolution(
+    x: jax.Array,
+    window: tuple[int, ...],
+    strides: Extents,
+    padding: Padding,
+    input_dilation: Extents,
+    kernel_dilation: Extents,
+    function: Callable[..., jax.Array],
+) -> tuple[jax.Array, Convolution]:
+    """Reads flax's options and returns the input and the convolution to apply to it.
+
+    Periodic, reflected and causal borders are written into the input, as flax does.
+    """
+    rank = len(window)
+    strides, input_dilation, kernel_dilation = (
+        _per_axis(name, value, rank)
+        for name, value in {
+            "strides": strides,
+            "input_dilation": input_dilation,
+            "kernel_dilation": kernel_dilation,
+        }.items()
+    )
+    reach = [
+        (size - 1) * dilation + 1
+        for size, dilation in zip(window, kernel_dilation, strict=True)
+    ]
+    pads = canonicalize_padding(padding, rank)
+    if pads == "CIRCULAR" or pads == "REFLECT":
+        mode = "wrap" if pads == "CIRCULAR" else "reflect"
+        border = [(0, 0), *(((n - 1) // 2, n // 2) for n in reach), (0, 0)]
+        x, pads = jnp.pad(x, border, mode=mode), "VALID"
+    elif pads == "CAUSAL":
+        if rank != 1:
+            raise ValueError(
+                f"Expected one spatial axis for padding='CAUSAL', got {rank} of them."
+                " Pad with explicit pairs instead."
+            )
+        pads = [(reach[0] - 1, 0)]
+    if isinstance(pads, str):
+        if max(input_dilation) > 1:
+            raise ValueError(
+                f"Expected explicit padding with {input_dilation=}, got {padding=}. "
+                "Give a pair for each spatial axis."
+            )
+        pads = lax.padtype_to_pads(x.shape[1:-1], reach, strides, pads)
+    convolution = Convolution(
+        window,
+        strides,
+        tuple((low, high) for low, high in pads),
+        input_dilation,
+        kernel_dilation,
+        function,
+    )
+    return x, convolution
+
+
+def _per_axis(name: str, value: Extents, rank: int) -> tuple[int, ...]:
+    if value is None:
+        value = 1
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    if len(values) != rank:
+        raise ValueError(
+            f"Expected {name} to be an int or {rank} of them, one for each spatial "
+            f"axis, got {name}={value!r}."
+        )
+    return values

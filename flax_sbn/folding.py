@@ -1,0 +1,473 @@
+"""Convolutions and dense layers with the norm folded into their kernel and bias.
+
+Sampled statistics are those of a small part of the output, and a small part of the
+input is enough to compute it. So they are known before the layer itself runs, and
+normalizing costs no pass over its output. Letters in shapes: ``N`` rows, ``H W``
+spatial axes (any number), ``I`` input and ``C`` output features.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from flax_sbn.convolution import Extents, Padding, make_convolution
+from flax_sbn.normalization import batch_norm
+from flax_sbn.sampling import Sampler, sampled_parts
+from flax_sbn.statistics import Statistics, broadcast_mask, part_statistics
+from flax_sbn.windows import Part
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+class NormOptions(TypedDict, total=False):
+    """Options of :func:`conv_norm` and :func:`dense_norm` that are seldom needed.
+
+    Attributes:
+      statistics: normalize with these, ``(C,)``, and measure nothing: evaluation.
+      mask: booleans that broadcast to the output: False is not measured.
+      axis_name: see :func:`batch_statistics`.
+      axis_index_groups: see :func:`batch_statistics`.
+      use_fast_variance: see :func:`batch_statistics`.
+      running: see :func:`batch_statistics`.
+      epsilon: added to the variance; 1e-5 by default.
+      dtype: dtype of the computation and its result; by default that of the arguments
+        promoted. Statistics, the fold and the sum are in float32 or wider.
+    """
+
+    statistics: Statistics | None
+    mask: ArrayLike | None
+    axis_name: str | tuple[str, ...] | None
+    axis_index_groups: Any
+    use_fast_variance: bool
+    running: Statistics | None
+    epsilon: float
+    dtype: DTypeLike | None
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+    r"""Rectified linear unit that stays fused with the convolution before it.
+
+    .. math::
+      \mathrm{relu}(x) = \max(x, 0)
+
+    Values and gradients are those of :func:`jax.nn.relu`. Its gradient, though, is read
+    off the *output*: XLA rewrites a test of :func:`jax.nn.relu`'s output into one of
+    its input, which then is written to memory, too, and kept for the backward pass.
+
+    Args:
+      x: any shape, any real dtype.
+
+    Returns:
+      An array of the same shape and dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import relu
+      >>> jax.vmap(jax.value_and_grad(relu))(jnp.array([-1.0, 0.0, 2.0]))
+      (Array([0., 0., 2.], dtype=float32), Array([0., 0., 1.], dtype=float32))
+
+    The formulation is ours.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    y = relu(*primals)
+    (tangent,) = tangents
+    positive = lax.optimization_barrier(y) > 0
+    return y, jnp.where(positive, tangent, jnp.zeros_like(tangent))
+
+
+def fold(
+    kernel: ArrayLike,
+    statistics: Statistics,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-5,
+) -> tuple[jax.Array, jax.Array]:
+    r"""Folds a normalization into the kernel and bias of the layer before it.
+
+    .. math::
+      a = \frac{\mathit{scale}}{\sqrt{v + \epsilon}}, \qquad
+      \mathit{kernel}' = a \cdot \mathit{kernel}, \qquad
+      \mathit{bias}' = \mathit{bias} - a \mu
+
+    Args:
+      kernel: ``(..., C)``, of a convolution or dense layer without bias.
+      statistics: mean and variance of the layer's output, ``(C,)``; for inference and
+        export, the running ones.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      epsilon: added to the variance.
+
+    Returns:
+      Kernel ``(..., C)`` and bias ``(C,)``, in the dtype of the statistics or wider.
+
+    Raises:
+      ValueError: if scale, bias or the statistics have another shape than ``(C,)``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax_sbn import Statistics, fold
+      >>> statistics = Statistics(mean=jnp.array([1.0]), var=jnp.array([4.0]))
+      >>> fold(jnp.array([[6.0], [2.0]]), statistics, epsilon=0.0)
+      (Array([[3.],
+             [1.]], dtype=float32), Array([-0.5], dtype=float32))
+
+    Source: Jacob et al., "Quantization and Training of Neural Networks", arXiv
+    1712.05877, for inference. In training, with sampled statistics, it is ours.
+    """
+    kernel = jnp.asarray(kernel)
+    for name, value in (
+        *statistics._asdict().items(),
+        ("scale", scale),
+        ("bias", bias),
+    ):
+        if value is not None and jnp.shape(value) != kernel.shape[-1:]:
+            raise ValueError(
+                f"Expected {name} of shape {kernel.shape[-1:]}, got {name} of shape "
+                f"{jnp.shape(value)} for a kernel of shape {kernel.shape}. Is "
+                "the kernel's last axis that of the output features?"
+            )
+    factor = lax.rsqrt(statistics.var + epsilon)
+    if scale is not None:
+        factor = factor * scale
+    shift = -statistics.mean * factor
+    return kernel * factor, shift if bias is None else shift + bias
+
+
+def conv_norm(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    strides: Extents = 1,
+    padding: Padding = "SAME",
+    input_dilation: Extents = 1,
+    kernel_dilation: Extents = 1,
+    feature_group_count: int = 1,
+    precision: Any = None,
+    conv_general_dilated: Callable[..., jax.Array] = lax.conv_general_dilated,
+    **options: Unpack[NormOptions],
+) -> tuple[jax.Array, Statistics]:
+    r"""Convolution, sampled batch norm, residual and activation as one convolution.
+
+    With :math:`S` the sampled positions of the output, and ``z`` the convolution there,
+    which needs the patch of ``x`` below :math:`S` only:
+
+    .. math::
+      z_S = (x * \mathit{kernel})_S, \qquad
+      \mu, v = \mathrm{moments}(z_S), \qquad
+      a = \frac{\mathit{scale}}{\sqrt{v + \epsilon}}
+
+      y = \mathrm{activation}\big(x * (a \cdot \mathit{kernel})
+      + (\mathit{bias} - a \mu) + \mathit{residual}\big)
+
+    Value and gradients are those of convolution, :func:`flax_sbn.batch_norm`, addition
+    and activation one after the other, to rounding; the normalized tensor is never
+    written.
+
+    Args:
+      x: ``(N, *spatial, I)``, any floating dtype; several batch axes, or none, are
+        taken together as rows.
+      kernel: ``(*window, I / feature_group_count, C)``.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      sampler: which positions of the output are measured; None measures all, which
+        cannot be folded: ordinary BN follows.
+      key: random key, for samplers that draw positions.
+      activation: of the sum. :func:`jax.nn.relu` is replaced by :func:`relu`, which is
+        the same function and stays fused.
+      residual: added before the activation, of the output's shape.
+      strides: of the window, an int or one an axis.
+      padding: ``'SAME'``, ``'SAME_LOWER'``, ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``,
+        ``'CAUSAL'``, an int, or an int or pair an axis.
+      input_dilation: an int or one an axis.
+      kernel_dilation: an int or one an axis.
+      feature_group_count: number of groups of features.
+      precision: see :func:`jax.lax.conv_general_dilated`.
+      conv_general_dilated: the convolution to use.
+      **options: see :class:`NormOptions`.
+
+    Returns:
+      The output, ``(N, *spatial, C)``, and the statistics, ``(C,)``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the output, its key is missing, or
+        ``residual``, ``mask``, ``scale`` or ``bias`` does not fit it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import FeatureSampling, conv_norm, relu
+      >>> x = jax.random.normal(jax.random.key(0), (32, 16, 16, 8))
+      >>> kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 4))
+      >>> y, statistics = conv_norm(
+      ...     x, kernel, sampler=FeatureSampling(1 / 16), key=jax.random.key(2),
+      ...     strides=2, activation=relu,
+      ... )
+      >>> y.shape, jax.tree.map(jnp.shape, statistics)
+      ((32, 8, 8, 4), Statistics(mean=(4,), var=(4,)))
+
+    The fold in training is ours; the sampling is that of Chen et al., "Batch
+    Normalization Sampling", arXiv 1810.10962.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    rank = kernel.ndim - 2
+    if rank < 1 or x.ndim <= rank:
+        raise ValueError(
+            "Expected an input (N, *spatial, I) and a kernel (*window, I, C) with one "
+            f"extent for each spatial axis, got input of shape {x.shape} and kernel of "
+            f"shape {kernel.shape}. For inputs of rows and features take dense_norm."
+        )
+    batch = x.shape[: x.ndim - rank - 1]
+    x = x.reshape(-1, *x.shape[len(batch) :])
+    x, convolution = make_convolution(
+        x,
+        kernel.shape[:-2],
+        strides,
+        padding,
+        input_dilation,
+        kernel_dilation,
+        functools.partial(
+            conv_general_dilated,
+            feature_group_count=feature_group_count,
+            precision=precision,
+        ),
+    )
+    return _linear_norm(
+        convolution,
+        x,
+        batch,
+        kernel,
+        scale,
+        bias,
+        sampler=sampler,
+        key=key,
+        activation=activation,
+        residual=residual,
+        **options,
+    )
+
+
+def dense_norm(
+    x: ArrayLike,
+    kernel: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    activation: Activation | None = None,
+    residual: ArrayLike | None = None,
+    precision: Any = None,
+    dot_general: Callable[..., jax.Array] = lax.dot_general,
+    **options: Unpack[NormOptions],
+) -> tuple[jax.Array, Statistics]:
+    r"""Dense layer, sampled batch norm, residual and activation as one dense layer.
+
+    As :func:`conv_norm`, with a matrix product in place of the convolution.
+
+    Args:
+      x: ``(N, *spatial, I)``, any floating dtype; often without spatial axes.
+      kernel: ``(I, C)``.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      sampler: which positions of the output are measured; None measures all, which
+        cannot be folded: ordinary BN follows.
+      key: random key, for samplers that draw positions.
+      activation: of the sum. :func:`jax.nn.relu` is replaced by :func:`relu`, which is
+        the same function and stays fused.
+      residual: added before the activation, of the output's shape.
+      precision: see :func:`jax.lax.dot_general`.
+      dot_general: the matrix product to use.
+      **options: see :class:`NormOptions`.
+
+    Returns:
+      The output, ``(N, *spatial, C)``, and the statistics, ``(C,)``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the output (FeatureSampling needs spatial
+        axes), its key is missing, or ``residual``, ``mask``, ``scale`` or ``bias`` does
+        not fit it.
+
+    Example:
+      >>> import jax
+      >>> from flax_sbn import BatchSampling, dense_norm, relu
+      >>> x = jax.random.normal(jax.random.key(0), (128, 16))
+      >>> kernel = jax.random.normal(jax.random.key(1), (16, 4))
+      >>> y, statistics = dense_norm(
+      ...     x,
+      ...     kernel,
+      ...     sampler=BatchSampling(16),
+      ...     key=jax.random.key(2),
+      ...     activation=relu,
+      ... )
+      >>> y.shape, statistics.mean.shape
+      ((128, 4), (4,))
+
+    The fold in training is ours; the sampling is that of Chen et al., "Batch
+    Normalization Sampling", arXiv 1810.10962.
+    """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
+    if kernel.ndim != 2 or x.ndim < 2:
+        raise ValueError(
+            "Expected an input (N, *spatial, I) and a kernel (I, C), got input of "
+            f"shape {x.shape} and kernel of shape {kernel.shape}."
+        )
+    product = functools.partial(dot_general, precision=precision)
+    return _linear_norm(
+        _Product(product),
+        x,
+        x.shape[:1],
+        kernel,
+        scale,
+        bias,
+        sampler=sampler,
+        key=key,
+        activation=activation,
+        residual=residual,
+        **options,
+    )
+
+
+class _Linear(Protocol):
+    """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array: ...
+
+    def restrict(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, "_Linear"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """A matrix product, position by position."""
+
+    function: Callable[..., jax.Array]
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return self.function(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+    def restrict(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, "_Product"]:
+        return part.take(x, range(x.ndim - 1)), self
+
+
+def _linear_norm(
+    linear: _Linear,
+    x: jax.Array,
+    batch: tuple[int, ...],
+    kernel: jax.Array,
+    scale: ArrayLike | None,
+    bias: ArrayLike | None,
+    *,
+    sampler: Sampler | None,
+    key: jax.Array | None,
+    activation: Activation | None,
+    residual: ArrayLike | None,
+    statistics: Statistics | None = None,
+    mask: ArrayLike | None = None,
+    use_fast_variance: bool = True,
+    epsilon: float = 1e-5,
+    dtype: DTypeLike | None = None,
+    **pooling: Any,
+) -> tuple[jax.Array, Statistics]:
+    """Measures, folds and applies; ``batch`` is the shape that the rows of x had."""
+    given = [array for array in (x, kernel, scale, bias) if array is not None]
+    result_dtype = canonicalize_dtype(*given, dtype=dtype)
+    x, narrow = promote_dtype(x, kernel, dtype=dtype)
+    shape = jax.eval_shape(linear, x, narrow).shape
+    y_shape = (*batch, *shape[1:])
+    if mask is not None:
+        mask = broadcast_mask(mask, y_shape).reshape(shape)
+
+    if sampler is None and statistics is None:
+        y, statistics = batch_norm(
+            linear(x, narrow),
+            scale,
+            bias,
+            mask=mask,
+            use_fast_variance=use_fast_variance,
+            epsilon=epsilon,
+            dtype=result_dtype,
+            **pooling,
+        )
+    else:
+        if statistics is None:
+            # The gradients of the measured and of all values meet here: in float32 XLA
+            # adds them where it reads them next, in half precision it would write the
+            # former down for a convolution that adds them.
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            x = wide.astype(x.dtype)
+            statistics = _sampled_statistics(
+                linear,
+                wide,
+                narrow,
+                sampled_parts(sampler, shape[:-1], key),
+                shape,
+                mask,
+                pooling,
+            )
+        folded, shift = fold(kernel, statistics, scale, bias, epsilon=epsilon)
+        y = linear(x, folded.astype(x.dtype))
+        # Broadcast first: then the bias' gradient is summed in float32.
+        y += jnp.broadcast_to(shift, shape).astype(y.dtype)
+    y = y.astype(result_dtype).reshape(y_shape)
+    return add_and_activate(y, residual, activation), statistics
+
+
+def _sampled_statistics(
+    linear: _Linear,
+    x: jax.Array,
+    kernel: jax.Array,
+    parts: Sequence[Part],
+    shape: tuple[int, ...],
+    mask: jax.Array | None,
+    pooling: dict[str, Any],
+) -> Statistics:
+    """Computes the measured parts of an output of the given shape, and measures."""
+    axes = tuple(range(len(shape) - 1))
+    values = []
+    for part in parts:
+        below, here = linear.restrict(x, part, shape[1:-1])
+        values.append(here(below.astype(kernel.dtype), kernel))
+    masks = None if mask is None else [part.take(mask, axes) for part in parts]
+    return part_statistics(parts, values, axes, masks=masks, **pooling)
+
+
+def add_and_activate(
+    x: jax.Array, residual: ArrayLike | None, activation: Activation | None
+) -> jax.Array:
+    """Adds the residual, and applies the activation: ReLU such that it stays fused."""
+    if residual is not None:
+        residual = jnp.asarray(residual, x.dtype)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"Expected residual of the output's shape {x.shape}, got residual of "
+                f"shape {residual.shape}. Project or subsample it first."
+            )
+        x += residual
+    if activation is jax.nn.relu:
+        activation = relu
+    return x if activation is None else activation(x)

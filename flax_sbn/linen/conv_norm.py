@@ -1,0 +1,169 @@
+"""flax.linen.Conv with a batch norm folded into it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.linear import default_kernel_init
+from jax import lax
+from jax.typing import DTypeLike
+
+from flax_sbn.convolution import Extents, Padding
+from flax_sbn.folding import Activation, conv_norm
+from flax_sbn.linen.linear_norm import has_bias, linear_norm
+from flax_sbn.sampling import Sampler
+
+
+class ConvNorm(nn.Module):
+    r"""Convolution, batch norm, residual and activation, for the price of a bias.
+
+    .. math::
+      y = \mathrm{activation}(\mathrm{norm}(\mathrm{conv}(x)) + \mathit{residual})
+
+    With a sampler, the norm is folded into the kernel and bias of the convolution (see
+    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and value and
+    gradients stay the same. With ``sampler=None`` training is ordinary
+    :class:`flax.linen.Conv` and :class:`BatchNorm`. At evaluation the running
+    statistics are folded, with any sampler and with none.
+
+    Parameters are ``conv/kernel``, ``norm/scale`` and ``norm/bias``, running statistics
+    ``norm/mean`` and ``norm/var``, float32 whatever the compute dtype: those of modules
+    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``.
+
+    Attributes:
+      features: number of output features, as all up to ``mask`` in
+        :class:`flax.linen.Conv`.
+      kernel_size: extent of the window.
+      strides: of the window.
+      padding: any of flax's.
+      input_dilation: of the input.
+      kernel_dilation: of the kernel.
+      feature_group_count: number of groups of features.
+      mask: of the kernel's entries.
+      use_running_average: evaluation, as all up to ``force_float32_reductions`` in
+        :class:`flax.linen.BatchNorm`.
+      momentum: decay rate of the running statistics.
+      epsilon: added to the variance.
+      use_bias: whether the norm has a bias.
+      use_scale: whether the norm has a scale.
+      bias_init: initializer of the norm's bias.
+      scale_init: initializer of the norm's scale.
+      axis_name: devices that pool their statistics.
+      axis_index_groups: groups of them.
+      use_fast_variance: with ``sampler=None``, one pass.
+      force_float32_reductions: with ``sampler=None``.
+      dtype: dtype of the computation and the output.
+      param_dtype: dtype of the parameters.
+      precision: of the convolution.
+      kernel_init: initializer of the kernel.
+      conv_general_dilated: the convolution to use.
+      conv_general_dilated_cls: makes the convolution to use.
+      sampler: which positions of the output are measured in training; None measures
+        all of them, and does not fold.
+      activation: applied last, or None. :func:`flax.linen.relu` is replaced by
+        :func:`flax_sbn.relu`, the same function, which stays fused.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the output, a residual has another shape,
+        or the rng stream ``'sampling'`` is missing and needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn, flax_sbn as sbn
+      >>> layer = sbn.linen.ConvNorm(
+      ...     6, (3, 3), use_running_average=False, activation=nn.relu,
+      ...     sampler=sbn.FeatureSampling(1 / 16),
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 3))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> rngs = {"sampling": jax.random.key(2)}
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"], rngs=rngs)
+      >>> y.shape, jax.tree.map(jnp.shape, variables["params"]["conv"])
+      ((32, 8, 8, 6), {'kernel': (3, 3, 3, 6)})
+
+    The fold in training is ours; the sampling is that of Chen et al., "Batch
+    Normalization Sampling", arXiv 1810.10962.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: Extents = 1
+    padding: Padding = "SAME"
+    input_dilation: Extents = 1
+    kernel_dilation: Extents = 1
+    feature_group_count: int = 1
+    mask: jax.Array | None = None
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    conv_general_dilated: Any = None
+    conv_general_dilated_cls: Any = None
+    sampler: Sampler | None = None
+    activation: Activation | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          residual: added before the activation, of the output's shape.
+          use_running_average: normalize with the running statistics (evaluation).
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          ``(N, *spatial, features)``.
+        """
+        geometry: dict[str, Any] = {
+            "strides": self.strides,
+            "padding": self.padding,
+            "input_dilation": self.input_dilation,
+            "kernel_dilation": self.kernel_dilation,
+            "feature_group_count": self.feature_group_count,
+            "precision": self.precision,
+        }
+        convolve = self.conv_general_dilated or lax.conv_general_dilated
+        if self.conv_general_dilated_cls is not None:
+            convolve = self.conv_general_dilated_cls()
+        conv = nn.Conv(
+            self.features,
+            self.kernel_size,
+            **geometry,
+            use_bias=has_bias(self, "conv"),
+            mask=self.mask,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            conv_general_dilated=convolve,
+            name="conv",
+        )
+        window = self.kernel_size
+        window = (window,) if isinstance(window, int) else tuple(window)
+        kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)
+        fold = functools.partial(conv_norm, conv_general_dilated=convolve, **geometry)
+        return linear_norm(
+            self, conv, kernel_shape, fold, x, residual, use_running_average, mask
+        )

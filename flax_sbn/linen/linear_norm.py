@@ -1,0 +1,100 @@
+"""What the folded linen layers share: a linear layer and a norm that folds into it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from flax_sbn.folding import add_and_activate
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.statistics import Statistics
+
+
+def has_bias(layer: nn.Module, name: str) -> bool:
+    """Whether the submodule has a bias: the norm was folded into it for good."""
+    return "bias" in layer.variables.get("params", {}).get(name, {})
+
+
+def linear_norm(
+    layer: Any,
+    linear: nn.Conv | nn.Dense,
+    kernel_shape: tuple[int, ...],
+    fold: Callable[..., tuple[jax.Array, Statistics]],
+    x: jax.Array,
+    residual: jax.Array | None,
+    use_running_average: bool | None,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """Applies a linear layer, its norm, the residual and the activation.
+
+    Args:
+      layer: :class:`ConvNorm` or :class:`DenseNorm`, in its ``__call__``.
+      linear: its linear layer.
+      kernel_shape: shape of the kernel of ``linear``.
+      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options.
+      x: input.
+      residual: see there, as for the rest.
+      use_running_average: see there.
+      mask: see there.
+    """
+    evaluate = nn.merge_param(
+        "use_running_average", layer.use_running_average, use_running_average
+    )
+    if linear.use_bias:
+        if not evaluate:
+            raise ValueError(
+                "Expected use_running_average=True, got False with variables whose "
+                "norm is folded for good. Train with those given to fold_variables."
+            )
+        return add_and_activate(linear(x), residual, layer.activation)
+
+    norm = BatchNorm(
+        use_running_average=evaluate,
+        momentum=layer.momentum,
+        epsilon=layer.epsilon,
+        dtype=layer.dtype,
+        param_dtype=layer.param_dtype,
+        use_bias=layer.use_bias,
+        use_scale=layer.use_scale,
+        bias_init=layer.bias_init,
+        scale_init=layer.scale_init,
+        axis_name=layer.axis_name,
+        axis_index_groups=layer.axis_index_groups,
+        use_fast_variance=layer.use_fast_variance,
+        force_float32_reductions=layer.force_float32_reductions,
+        sampler=layer.sampler,
+        name="norm",
+    )
+    if layer.is_initializing() or (layer.sampler is None and not evaluate):
+        y = norm(linear(x), mask=mask)
+        return add_and_activate(y, residual, layer.activation)
+
+    assert linear.scope is not None
+    kernel = linear.scope.param(
+        "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
+    )
+    if isinstance(linear, nn.Conv) and linear.mask is not None:
+        kernel *= linear.mask
+
+    def folded(scale: Any, bias: Any, **options: Any) -> tuple[jax.Array, Statistics]:
+        return fold(
+            x,
+            kernel,
+            scale,
+            bias,
+            residual=residual,
+            activation=layer.activation,
+            **options,
+        )
+
+    features = kernel_shape[-1:]
+    if not evaluate:
+        return norm.measured(folded, features, mask)
+    y, _ = folded(
+        *norm.affine(features),
+        statistics=norm.running(features),
+        epsilon=layer.epsilon,
+        dtype=layer.dtype,
+    )
+    return y

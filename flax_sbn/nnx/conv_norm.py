@@ -1,0 +1,140 @@
+"""flax.nnx.Conv with a batch norm folded into it."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sbn.convolution import Extents
+from flax_sbn.folding import Activation, conv_norm
+from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.linear_norm import linear_norm, split_options
+from flax_sbn.sampling import Sampler
+
+
+class ConvNorm(nnx.Module):
+    r"""Convolution, batch norm, residual and activation, for the price of a bias.
+
+    .. math::
+      y = \mathrm{activation}(\mathrm{norm}(\mathrm{conv}(x)) + \mathit{residual})
+
+    With a sampler, the norm is folded into the kernel and bias of the convolution (see
+    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and value and
+    gradients stay the same. With ``sampler=None`` training is ordinary
+    :class:`flax.nnx.Conv` and :class:`BatchNorm`. At evaluation the running statistics
+    are folded, with any sampler and with none.
+
+    The two layers are the attributes ``conv`` and ``norm``.
+
+    Args:
+      in_features: number of input features ``I``.
+      out_features: number of output features ``C``.
+      kernel_size: extent of the window.
+      strides: of the window.
+      sampler: which positions of the output are measured in training; None measures
+        all of them, and does not fold.
+      activation: applied last, or None. :func:`flax.nnx.relu` is replaced by
+        :func:`flax_sbn.relu`, the same function, which stays fused.
+      rngs: keys for the parameters and, for samplers that draw, the stream
+        ``'sampling'`` (or a default stream).
+      **options: those of :class:`flax.nnx.Conv`, without a bias, and of
+        :class:`flax.nnx.BatchNorm`; but no ``axis`` and no ``promote_dtype``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the output, a residual has another shape,
+        or the rng stream ``'sampling'`` is missing and needed.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.ConvNorm(
+      ...     3, 6, (3, 3), sampler=sbn.FeatureSampling(1 / 16), activation=nnx.relu,
+      ...     rngs=nnx.Rngs(0),
+      ... )
+      >>> y = layer(jax.random.normal(jax.random.key(0), (32, 8, 8, 3)))
+      >>> y.shape, bool((layer.norm.var[...] != 1).all())
+      ((32, 8, 8, 6), True)
+      >>> layer.eval()
+      >>> layer(jnp.ones((1, 8, 8, 3))).shape
+      (1, 8, 8, 6)
+
+    The fold in training is ours; the sampling is that of Chen et al., "Batch
+    Normalization Sampling", arXiv 1810.10962.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: Extents = 1,
+        *,
+        sampler: Sampler | None = None,
+        activation: Activation | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        conv, norm = split_options(options)
+        self.conv = nnx.Conv(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            **{**conv, "use_bias": False},
+            rngs=rngs,
+        )
+        self.norm: BatchNorm | None = nnx.data(
+            BatchNorm(out_features, sampler=sampler, rngs=rngs, **norm)
+        )
+        self.activation = activation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          residual: added before the activation, of the output's shape.
+          use_running_average: normalize with the running statistics (evaluation); wins
+            over the constructor's.
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          ``(N, *spatial, C)``.
+        """
+        conv = self.conv
+        convolve = conv.conv_general_dilated
+        if conv.preferred_element_type is not None:
+            convolve = functools.partial(
+                convolve, preferred_element_type=conv.preferred_element_type
+            )
+        fold = functools.partial(
+            conv_norm,
+            strides=conv.strides,
+            padding=conv.padding,
+            input_dilation=conv.input_dilation,
+            kernel_dilation=conv.kernel_dilation,
+            feature_group_count=conv.feature_group_count,
+            precision=conv.precision,
+            conv_general_dilated=convolve,
+        )
+        return linear_norm(
+            conv,
+            self.norm,
+            fold,
+            x,
+            residual,
+            self.activation,
+            use_running_average,
+            mask,
+        )

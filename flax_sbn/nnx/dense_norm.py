@@ -1,0 +1,111 @@
+"""flax.nnx.Linear with a batch norm folded into it."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sbn.folding import Activation, dense_norm
+from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.linear_norm import linear_norm, split_options
+from flax_sbn.sampling import Sampler
+
+
+class DenseNorm(nnx.Module):
+    r"""Dense layer, batch norm, residual and activation, for the price of a bias.
+
+    .. math::
+      y = \mathrm{activation}(\mathrm{norm}(\mathrm{dense}(x)) + \mathit{residual})
+
+    As :class:`ConvNorm`, with a dense layer: see there. The two layers are the
+    attributes ``dense`` and ``norm``. Without spatial axes FeatureSampling does not
+    apply; use BatchSampling.
+
+    Args:
+      in_features: number of input features ``I``.
+      out_features: number of output features ``C``.
+      sampler: which rows of the output are measured in training; None measures all of
+        them, and does not fold.
+      activation: applied last, or None; see :class:`ConvNorm`.
+      rngs: keys for the parameters and, for samplers that draw, the stream
+        ``'sampling'`` (or a default stream).
+      **options: those of :class:`flax.nnx.Linear`, without a bias, and of
+        :class:`flax.nnx.BatchNorm`; but no ``axis`` and no ``promote_dtype``.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if the sampler does not fit the output, a residual has another shape,
+        or the rng stream ``'sampling'`` is missing and needed.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.DenseNorm(
+      ...     3, 6, sampler=sbn.BatchSampling(16), activation=nnx.relu, rngs=nnx.Rngs(0)
+      ... )
+      >>> layer(jax.random.normal(jax.random.key(0), (128, 3))).shape
+      (128, 6)
+
+    The fold in training is ours; the sampling is that of Chen et al., "Batch
+    Normalization Sampling", arXiv 1810.10962.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        sampler: Sampler | None = None,
+        activation: Activation | None = None,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        dense, norm = split_options(options)
+        self.dense = nnx.Linear(
+            in_features, out_features, **{**dense, "use_bias": False}, rngs=rngs
+        )
+        self.norm: BatchNorm | None = nnx.data(
+            BatchNorm(out_features, sampler=sampler, rngs=rngs, **norm)
+        )
+        self.activation = activation
+
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          residual: added before the activation, of the output's shape.
+          use_running_average: normalize with the running statistics (evaluation); wins
+            over the constructor's.
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          ``(N, *spatial, C)``.
+        """
+        dense = self.dense
+        product = dense.dot_general
+        if dense.preferred_element_type is not None:
+            product = functools.partial(
+                product, preferred_element_type=dense.preferred_element_type
+            )
+        return linear_norm(
+            dense,
+            self.norm,
+            functools.partial(
+                dense_norm, precision=dense.precision, dot_general=product
+            ),
+            x,
+            residual,
+            self.activation,
+            use_running_average,
+            mask,
+        )

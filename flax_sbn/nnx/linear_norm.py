@@ -1,0 +1,81 @@
+"""What the folded nnx layers share: a linear layer and a norm that folds into it."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from flax_sbn.folding import Activation, add_and_activate
+from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.statistics import Statistics
+
+# Features are last, so `axis` is no option; `promote_dtype` has another form in each.
+_NORM_OPTIONS = set(inspect.signature(nnx.BatchNorm).parameters) - {
+    "num_features",
+    "axis",
+    "promote_dtype",
+    "rngs",
+}
+
+
+def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the options of the linear layer and those of the norm."""
+    norm = {name: options[name] for name in options if name in _NORM_OPTIONS}
+    shared = ("dtype", "param_dtype")
+    linear = {
+        name: options[name] for name in options if name in shared or name not in norm
+    }
+    return linear, norm
+
+
+def linear_norm(
+    linear: nnx.Conv | nnx.Linear,
+    norm: BatchNorm | None,
+    fold: Callable[..., tuple[jax.Array, Statistics]],
+    x: jax.Array,
+    residual: jax.Array | None,
+    activation: Activation | None,
+    use_running_average: bool | None,
+    mask: jax.Array | None,
+) -> jax.Array:
+    """Applies a linear layer, its norm, the residual and the activation.
+
+    Args:
+      linear: :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`.
+      norm: what follows it; None where it is folded into ``linear`` for good.
+      fold: :func:`conv_norm` or :func:`dense_norm` with the options of ``linear``.
+      x: input.
+      residual: see :class:`ConvNorm`, as for the rest.
+      activation: see there.
+      use_running_average: see there.
+      mask: see there.
+    """
+    if norm is None:
+        return add_and_activate(linear(x), residual, activation)
+    evaluate = use_running_average
+    if evaluate is None:
+        evaluate = norm.use_running_average
+    if norm.sampler is None and not evaluate:
+        y = norm(linear(x), use_running_average, mask=mask)
+        return add_and_activate(y, residual, activation)
+
+    kernel = linear.kernel[...]
+    if isinstance(linear, nnx.Conv) and linear.mask is not None:
+        kernel *= linear.mask
+
+    def folded(**options: Any) -> tuple[jax.Array, Statistics]:
+        return fold(
+            x,
+            kernel,
+            *norm.affine(),
+            residual=residual,
+            activation=activation,
+            **options,
+        )
+
+    if not evaluate:
+        return norm.measured(folded, mask)
+    y, _ = folded(statistics=norm.running(), epsilon=norm.epsilon, dtype=norm.dtype)
+    return y
