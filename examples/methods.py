@@ -1,9 +1,10 @@
 """The normalizations that can be compared, and how to write them on a command line.
 
-A method is ``bn``, ``gn`` or ``none``, or a sampler in short form: ``ns:1``, ``bs:4``,
-``fs:1/64``, ``vdn:2``, or two of them mixed, ``fs:1/64+vdn:4``. Amounts are rows, or
-for FS the share of each feature map; without them the paper's are used. Any other
-sampler is written as in Python: ``FeatureSampling(1/16, groups=1)``.
+A method is ``bn``, ``flax`` (flax's own), ``gn`` or ``none``, or a sampler in short
+form: ``ns:1``, ``bs:4``, ``fs:1/64``, ``vdn:2``, or two of them mixed,
+``fs:1/64+vdn:4``. Amounts are rows, or for FS the share of each feature map; without
+them the paper's are used. Any other sampler is written as in Python:
+``FeatureSampling(1/16, groups=1)``.
 """
 
 import ast
@@ -16,7 +17,8 @@ import jax
 
 import flax_sbn as sbn
 
-NAMES = ("bn", "ns", "bs", "fs", "vdn", "fs+vdn", "bs+vdn", "gn", "none")
+_KINDS = {"bn": "batch", "flax": "flax", "gn": "group", "none": "none"}
+NAMES = (*_KINDS, "ns", "bs", "fs", "vdn", "fs+vdn", "bs+vdn")
 DEFAULT = ("bn", "ns:1", "bs:4", "fs:1/64", "vdn:2", "fs:1/64+vdn:4")
 
 _AMOUNTS = {"ns": "1", "bs": "4", "fs": "1/64", "vdn": "2"}
@@ -38,13 +40,16 @@ class Method:
 
     Attributes:
       name: as the user wrote it; the label in tables and plots.
-      kind: ``'batch'``, ``'group'`` or ``'none'``.
+      kind: ``'batch'``, ``'flax'`` (flax's own batch normalization), ``'group'``, or
+        ``'none'``, which has convolutions with a bias.
       sampler: what batch normalization measures; None measures all of the batch.
+      folded: whether kind ``'batch'`` is folded into the layer before, if there is one.
     """
 
     name: str
     kind: str = "batch"
     sampler: sbn.Sampler | None = None
+    folded: bool = False
 
     @property
     def virtual(self) -> sbn.VirtualSampling | None:
@@ -89,9 +94,8 @@ def parse_method(text: str) -> Method:
       >>> parse_method("fs:1/16").sampler
       FeatureSampling(fraction=0.0625, min_values=32, groups=8)
     """
-    if text in ("bn", "gn", "none"):
-        kind = {"bn": "batch", "gn": "group", "none": "none"}[text]
-        return Method(text, kind)
+    if text in _KINDS:
+        return Method(text, _KINDS[text])
     try:
         parts = [_parse_short(part) for part in text.split("+")]
         match parts:

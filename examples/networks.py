@@ -5,7 +5,7 @@ the rest, which does not: running statistics and, in nnx, random streams.
 """
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -14,13 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from methods import Method
-from models import MLP, NnxMLP, NnxResNet, ResNet, linen_norm, nnx_norm
+from models import linen_model, nnx_model
 
-MODELS: dict[str, dict[str, Any]] = {
-    "resnet8": {"blocks": 1},
-    "resnet20": {"blocks": 3},
-    "mlp": {},
-}
 DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -30,19 +25,13 @@ class Settings:
 
     model: str = "resnet8"
     api: str = "linen"
-    width: int = 16
+    width: int | None = None  # the model's own
     batch_size: int = 128
     epochs: int = 20
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
     dtype: str = "float32"
     augment: bool = False
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Features of the residual network's stages, or of the hidden layers."""
-        factors = (8, 8) if self.model == "mlp" else (1, 2, 4)
-        return tuple(factor * self.width for factor in factors)
 
 
 class Network(Protocol):
@@ -66,22 +55,16 @@ class LinenNetwork:
     def __init__(
         self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
     ) -> None:
-        dtype = DTYPES[settings.dtype]
-
-        def model(train: bool) -> Any:
-            norm = linen_norm(method, train, dtype)
-            if settings.model == "mlp":
-                return MLP(classes, norm, settings.widths, dtype)
-            return ResNet(
-                classes,
-                norm,
-                widths=settings.widths,
-                dtype=dtype,
-                **MODELS[settings.model],
-            )
-
+        model: Callable[..., Any] = functools.partial(
+            linen_model,
+            settings.model,
+            method,
+            num_classes=classes,
+            dtype=DTYPES[settings.dtype],
+            width=settings.width,
+        )
         self.shape = shape
-        self.trained, self.evaluated = model(True), model(False)
+        self.trained, self.evaluated = model(train=True), model(train=False)
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns parameters and running statistics."""
@@ -111,35 +94,20 @@ class NnxNetwork:
     def __init__(
         self, settings: Settings, method: Method, shape: tuple[int, ...], classes: int
     ) -> None:
-        dtype = DTYPES[settings.dtype]
-        norm = nnx_norm(method, dtype)
-
-        def model(rngs: nnx.Rngs) -> nnx.Module:
-            if settings.model == "mlp":
-                return NnxMLP(
-                    math.prod(shape),
-                    classes,
-                    norm,
-                    widths=settings.widths,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            return NnxResNet(
-                shape[2],
-                classes,
-                norm,
-                widths=settings.widths,
-                dtype=dtype,
-                rngs=rngs,
-                **MODELS[settings.model],
-            )
-
-        self.model = model
-        self.graph = nnx.graphdef(nnx.eval_shape(lambda: model(nnx.Rngs(0))))
+        self.model = functools.partial(
+            nnx_model,
+            settings.model,
+            method,
+            in_shape=shape,
+            num_classes=classes,
+            dtype=DTYPES[settings.dtype],
+            width=settings.width,
+        )
+        self.graph = nnx.graphdef(nnx.eval_shape(lambda: self.model(rngs=nnx.Rngs(0))))
 
     def init(self, key: jax.Array) -> tuple[Any, Any]:
         """Returns parameters; running statistics and random streams."""
-        state = nnx.state(self.model(nnx.Rngs(key)))
+        state = nnx.state(self.model(rngs=nnx.Rngs(key)))
         params, rest = nnx.split_state(state, nnx.Param, ...)
         return params, rest
 

@@ -31,8 +31,9 @@ from rich.progress import (
 import flax_sbn
 import methods
 from data import DataError, Dataset, load_cifar10, load_digits
-from networks import DTYPES, MODELS, NETWORKS, Settings
-from report import Report, Run, new_folder
+from models import LINEN
+from networks import DTYPES, NETWORKS, Settings
+from comparison import Report, Run, new_folder
 from training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
@@ -46,7 +47,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  train.py                                    # the comparison on digits\n"
         "  train.py --norm bn bs:16 bs:4 bs:1 --seeds 3\n"
         '  train.py --norm bn --sampler "FeatureSampling(1/16, groups=1)"\n'
-        "  train.py --dataset cifar10 --data-dir DIR --model resnet20 --epochs 60\n",
+        "  train.py --dataset cifar10 --data-dir DIR --model resnet20 --epochs 60\n"
+        "\n"
+        "models: resnet8, resnet20, resnet56 and mlp are for small images and come\n"
+        "in linen and nnx. The others are for ImageNet, in linen. They take smaller\n"
+        "images as they are, densenet121 from 32 x 32, of which one pixel is left.\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to compare")
@@ -96,10 +101,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     how = parser.add_argument_group("how to train")
     default = Settings()
-    names = {"model": tuple(MODELS), "api": tuple(NETWORKS), "dtype": tuple(DTYPES)}
+    names = {"model": tuple(LINEN), "api": tuple(NETWORKS), "dtype": tuple(DTYPES)}
     for option, help_text in {
-        "model": f"one of {', '.join(MODELS)}",
-        "width": "features of the model's first stage",
+        "model": f"one of {', '.join(LINEN)}",
         "api": f"one of {', '.join(NETWORKS)}",
         "epochs": "passes over the training images",
         "batch_size": "images in a step",
@@ -117,6 +121,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             metavar="NAME" if choices else "X" if isinstance(value, float) else "N",
             help=f"{help_text} (default: %(default)s)",
         )
+
+    how.add_argument(
+        "--width",
+        type=int,
+        metavar="N",
+        help="features of the first stage or hidden layer (default: the model's own)",
+    )
+    how.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold sampled norms into the convolution or dense layer before them "
+        "(default: yes)",
+    )
 
     parser.add_argument(
         "--out",
@@ -171,6 +189,11 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     names = args.norm or (["bn"] if args.sampler else methods.DEFAULT)
     chosen = [methods.parse_method(name) for name in names]
     chosen += [methods.parse_sampler(text) for text in args.sampler]
+    if args.fold:
+        chosen = [
+            dataclasses.replace(method, folded=method.sampler is not None)
+            for method in chosen
+        ]
     fields = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
     if args.augment is None:

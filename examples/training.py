@@ -221,8 +221,6 @@ class Trainer:
 
     def _measured(self) -> float | None:
         """Traces a forward pass and returns the share of values that is measured."""
-        if self.method.kind != "batch":
-            return None
         counts: list[tuple[int, int]] = []
         method = dataclasses.replace(
             self.method, sampler=Tally(self.method.sampler, counts)
@@ -237,6 +235,8 @@ class Trainer:
             return network.train(*network.init(key), x, key)[0]
 
         jax.eval_shape(forward, jax.random.key(0))
+        if self.method.kind != "batch":
+            return 1.0 if self.method.kind == "flax" else None
         return sum(n for n, _ in counts) / sum(total for _, total in counts)
 
 

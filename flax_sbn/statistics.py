@@ -292,19 +292,46 @@ def _moments(
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if where is None:
         count = jnp.asarray(math.prod(x.shape[a] for a in axes), x.real.dtype)
-    else:
-        # What is masked may be NaN: keep it out of the gradient, too.
-        x = jnp.where(where, x, 0)
-        count = where.sum(axes, dtype=x.real.dtype)
-    divisor = jnp.maximum(count, 1)
+        mean, var = (_raw_moments if one_pass else _central_moments)(x, axes)
+        return _Moments(jnp.broadcast_to(count, var.shape), mean, var)
 
+    # What is masked may be NaN: keep it out of the gradient, too.
+    x = jnp.where(where, x, 0)
+    count = where.sum(axes, dtype=x.real.dtype)
+    divisor = jnp.maximum(count, 1)
     mean = x.sum(axes) / divisor
     if one_pass:
         var = jnp.maximum(0, _abs_square(x).sum(axes) / divisor - _abs_square(mean))
     else:
         squares = _abs_square(x - jnp.expand_dims(mean, axes))
         var = squares.sum(axes, where=where) / divisor
-    return _Moments(jnp.broadcast_to(count, var.shape), mean, var)
+    return _Moments(count, mean, var)
+
+
+def _raw_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+    mean = x.mean(axes)
+    return Statistics(
+        mean, jnp.maximum(0, _abs_square(x).mean(axes) - _abs_square(mean))
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _central_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+    # One pass about one of the values, which cancels as little as two passes do.
+    origin = x[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
+    mean, var = _raw_moments(x - jnp.expand_dims(origin, axes), axes)
+    return Statistics(mean + origin, var)
+
+
+@_central_moments.defjvp
+def _central_moments_jvp(
+    axes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[Statistics, Statistics]:
+    # In terms of x: the shifted values are not kept for the backward pass.
+    (x,), (t,) = primals, tangents
+    mean, var = _central_moments(x, axes)
+    product = (x - jnp.expand_dims(mean, axes)).conj() * t
+    return Statistics(mean, var), Statistics(t.mean(axes), 2 * product.mean(axes).real)
 
 
 def _pool(

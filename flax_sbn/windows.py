@@ -68,7 +68,7 @@ class Windows:
         if scattered:
             along, each, extents = zip(*scattered, strict=True)
             blocks = jnp.moveaxis(blocks, rows, 0)  # axes after the rows stay
-            blocks = batched_slice(blocks, jnp.stack(each, axis=1), along, extents)
+            blocks = batched_slice(blocks, each, along, extents)
             blocks = jnp.moveaxis(blocks, 0, rows)
         return blocks.reshape(*before, self.shape[0], *blocks.shape[rows + 2 :])
 
@@ -132,9 +132,10 @@ def random_tiles(
     tiles = jnp.array(
         [-(-n // size) for n, size in zip(lengths, sizes, strict=True)], jnp.uint32
     ).reshape(-1, *[1] * len(draws))
-    # `randint` hashes three times as much to be rid of a bias of tiles / 2^32.
-    index = jax.random.bits(key, (len(sizes), *draws), jnp.uint32) % tiles
-    index = index.astype(jnp.int32)
+    # The barrier keeps the hash out of the large kernels that read the starts, and
+    # `randint` would hash three times as much to be rid of a bias of tiles / 2^32.
+    bits = jax.random.bits(key, (len(sizes), *draws), jnp.uint32)
+    index = (lax.optimization_barrier(bits) % tiles).astype(jnp.int32)
     return [
         0 if size == length else jnp.minimum(index[i] * size, length - size)
         for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))

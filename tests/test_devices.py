@@ -251,7 +251,7 @@ def test_under_jit_only_sums_of_features_are_communicated(sampler):
         return jax.vjp(lambda x: layer(x, key), x)[1](x)[0]
 
     forward = collectives(layer, on_shards(SHAPE), KEY)
-    # For each part the mean, and after it the variance.
+    # For each part one of its values, as origin, and the sums of both moments.
     assert len(forward) <= 2 * len(sampled_parts(sampler, SHAPE[:-1], KEY))
     for found in (forward, collectives(gradient, on_shards(SHAPE), KEY)):
-        assert set().union(*found) == {"all-reduce", "f32[3]"}
+        assert set().union(*found) <= {"all-reduce", "f32[3]", "f32[1,1,1,3]"}

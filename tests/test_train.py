@@ -11,19 +11,19 @@ import pytest
 
 import flax_sbn as sbn
 import methods
-import report
+import comparison
 import train
 from data import load_digits
 from networks import NETWORKS, Settings
-from report import Report, Run
+from comparison import Report, Run
 from training import Trainer, to_device
 
-SMALL = ["--model", "mlp", "--width", "2", "--epochs", "2", "--seeds", "1"]
+SMALL = ["--model", "mlp", "--width", "16", "--epochs", "2", "--seeds", "1"]
 DIGITS = to_device(load_digits().limited(256))
 
 
 def small_trainer(name: str, **settings: object) -> Trainer:
-    settings = {"model": "resnet8", "width": 8, "epochs": 1, **settings}
+    settings = {"model": "resnet8", "width": 16, "epochs": 1, **settings}
     return Trainer(Settings(**settings), methods.parse_method(name), DIGITS)
 
 
@@ -77,7 +77,10 @@ def test_a_sampler_argument_is_never_run_as_code(text) -> None:
 @pytest.mark.parametrize("api", list(NETWORKS))
 @pytest.mark.parametrize(
     ("model", "name"),
-    [("resnet8", "fs:1/64+vdn:4"), ("mlp", "bn"), ("mlp", "gn"), ("mlp", "none")],
+    [
+        ("resnet8", "fs:1/64+vdn:4"),
+        *[("mlp", name) for name in ("bn", "flax", "gn", "none")],
+    ],
 )
 def test_every_kind_of_norm_trains_in_both_apis(api, model, name) -> None:
     trainer = small_trainer(name, model=model, api=api, dtype="bfloat16")
@@ -121,7 +124,20 @@ def test_share_of_values_measured_is_that_of_the_samplers() -> None:
     assert small_trainer("bn").measured == 1
     assert small_trainer("bs:4").measured == pytest.approx(4 / 128)
     assert small_trainer("vdn:2").measured == pytest.approx(2 / 130)
+    assert small_trainer("flax").measured == 1
     assert small_trainer("gn").measured is None
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+def test_sampled_norms_are_folded_unless_told_otherwise(api) -> None:
+    argv = ["--norm", "bn", "bs:4", "gn", "--api", api, *SMALL]
+    folded, unfolded = (
+        train.make_trainers(train.parse([*argv, option]), load_digits())
+        for option in ("--fold", "--no-fold")
+    )
+    assert [trainer.method.folded for trainer in folded] == [False, True, False]
+    assert not any(trainer.method.folded for trainer in unfolded)
+    assert [t.measured for t in folded] == [t.measured for t in unfolded]
 
 
 def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
@@ -156,7 +172,7 @@ def test_the_script_writes_its_files_and_prints_the_table(
 
 def test_results_are_never_overwritten(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = {report.new_folder(None, "digits") for _ in range(3)}
+    folders = {comparison.new_folder(None, "digits") for _ in range(3)}
     assert len(folders) == 3
     kept = tmp_path / "mine"
     kept.mkdir()
@@ -191,6 +207,8 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch, capsys) -> None
         (["--norm", "nonsense"], "Expected a method"),
         (["--sampler", "BatchSampling(0)"], "num_samples=0"),
         (["--batch-size", "5000"], "batch_size=5000"),
+        (["--model", "resnet18", "--api", "nnx"], "Expected one of the nnx models"),
+        (["--norm", "gn", "--model", "densenet121"], "at least 32 x 32"),
         (["--dataset", "cifar10", "--data-dir", "nowhere"], "to be a folder"),
         (["--dataset", "cifar10", "--data-dir", "."], "found none of"),
     ],

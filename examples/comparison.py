@@ -1,0 +1,185 @@
+"""What a comparison leaves behind: a new folder of numbers and a plot; a table."""
+
+import contextlib
+import csv
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.table import Table
+
+# Okabe & Ito's colours, which colour-blind readers tell apart.
+_COLOURS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
+
+
+@dataclasses.dataclass
+class Run:
+    """One training: its curves by epoch, and whether it went to the end."""
+
+    method: str
+    seed: int
+    loss: list[float] = dataclasses.field(default_factory=list)
+    train_accuracy: list[float] = dataclasses.field(default_factory=list)
+    test_accuracy: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    complete: bool = False
+
+
+@dataclasses.dataclass
+class Report:
+    """All results of a comparison so far.
+
+    Attributes:
+      folder: where the files go.
+      about: settings, versions and device.
+      measured: share of values measured by each method; None where nothing is.
+      runs: the trainings so far.
+      relative_time: time of a training step relative to the first method's.
+    """
+
+    folder: Path
+    about: dict[str, Any]
+    measured: dict[str, float | None]
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    relative_time: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Returns one row a method, from its complete runs if there are any."""
+        rows = []
+        for method, measured in self.measured.items():
+            runs = [run for run in self.runs if run.method == method]
+            runs = [run for run in runs if run.complete] or runs
+            finals = [run.test_accuracy[-1] for run in runs if run.test_accuracy]
+            rows.append(
+                {
+                    "method": method,
+                    "measured": measured,
+                    "seeds": sum(run.complete for run in runs),
+                    "test_accuracy": statistics.mean(finals) if finals else None,
+                    "spread": statistics.stdev(finals) if len(finals) > 1 else None,
+                    "relative_time": self.relative_time.get(method),
+                }
+            )
+        return rows
+
+    def write(self) -> None:
+        """Writes the files; each is replaced as a whole, so none is ever half there."""
+        results = {
+            **self.about,
+            "methods": self.rows(),
+            "runs": [dataclasses.asdict(run) for run in self.runs],
+        }
+        with _replacing(self.folder / "results.json") as path:
+            path.write_text(json.dumps(results, indent=2) + "\n")
+        with (
+            _replacing(self.folder / "results.csv") as path,
+            path.open("w", newline="") as file,
+        ):
+            writer = csv.DictWriter(file, fieldnames=list(self.rows()[0]))
+            writer.writeheader()
+            writer.writerows(self.rows())
+        if any(run.loss for run in self.runs):
+            with _replacing(self.folder / "curves.png") as path:
+                self._plot(path)
+
+    def table(self) -> Table:
+        """Returns the comparison as a table for the terminal."""
+        reference = next(iter(self.measured))
+        table = Table(title=f"{self.about['title']}", title_justify="left")
+        table.add_column("method")
+        table.add_column("values measured", justify="right")
+        table.add_column("test accuracy", justify="right")
+        table.add_column("seeds", justify="right")
+        table.add_column(f"time per step / {reference}", justify="right")
+        for row in self.rows():
+            accuracy, spread = row["test_accuracy"], row["spread"]
+            table.add_row(
+                row["method"],
+                "-" if row["measured"] is None else f"{row['measured']:.1%}",
+                "-"
+                if accuracy is None
+                else f"{accuracy:.1%}"
+                + (f" ± {spread:.1%}" if spread is not None else ""),
+                str(row["seeds"]),
+                f"{row['relative_time']:.2f}" if row["relative_time"] else "-",
+            )
+        return table
+
+    def _plot(self, path: Path) -> None:
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+        # Half an image wrong stands for none on the logarithmic axis.
+        least = 0.5 / self.about["test_images"]
+        for i, method in enumerate(self.measured):
+            runs = [run for run in self.runs if run.method == method]
+            errors = [[max(1 - a, least) for a in run.test_accuracy] for run in runs]
+            for axis, curves in zip(
+                axes, ([r.loss for r in runs], errors), strict=True
+            ):
+                length = min((len(curve) for curve in curves), default=0)
+                if length == 0:
+                    continue
+                values = np.array([curve[:length] for curve in curves])
+                epochs = np.arange(1, length + 1)
+                colour = _COLOURS[i % len(_COLOURS)]
+                style = "-" if i < len(_COLOURS) else "--"
+                axis.plot(
+                    epochs, values.mean(0), style, color=colour, label=method, lw=1.8
+                )
+                axis.fill_between(
+                    epochs, values.min(0), values.max(0), color=colour, alpha=0.15, lw=0
+                )
+        for axis, label in zip(axes, ("training loss", "test error"), strict=True):
+            axis.set(xlabel="epoch", ylabel=label, yscale="log")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.25)
+        axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[1].legend(
+            title="method", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left"
+        )
+        figure.suptitle(f"{self.about['title']} (mean and range of the seeds)")
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+
+
+def new_folder(wanted: Path | None, name: str) -> Path:
+    """Makes a folder that did not exist before.
+
+    Raises:
+      FileExistsError: if ``wanted`` exists: results are never overwritten.
+    """
+    if wanted is not None:
+        if wanted.exists():
+            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
+        wanted.mkdir(parents=True)
+        return wanted
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Hands out a temporary path and moves it into place when all went well."""
+    temporary = path.with_name(f".{path.name}.part{path.suffix}")
+    yield temporary
+    os.replace(temporary, path)

@@ -1,0 +1,100 @@
+"""Published networks that take any normalization, by name, in linen and in nnx.
+
+Images are ``(N, H, W, C)``; the result is ``(N, num_classes)`` logits in float32.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from methods import Method
+from models.cifar_resnet import CifarResNet, NnxCifarResNet
+from models.densenet import DenseNet
+from models.imagenet_resnet import ResNet
+from models.mlp import MLP, NnxMLP
+from models.units import LinenUnits, NnxUnits
+
+LINEN: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": functools.partial(CifarResNet, blocks=1),
+    "resnet20": functools.partial(CifarResNet, blocks=3),
+    "resnet56": functools.partial(CifarResNet, blocks=9),
+    "resnet18": functools.partial(ResNet, blocks=(2, 2, 2, 2)),
+    "resnet34": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
+    "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
+    "densenet121": functools.partial(DenseNet, blocks=(6, 12, 24, 16)),
+    "mlp": MLP,
+}
+NNX: dict[str, Callable[..., nnx.Module]] = {
+    "resnet8": functools.partial(NnxCifarResNet, blocks=1),
+    "resnet20": functools.partial(NnxCifarResNet, blocks=3),
+    "resnet56": functools.partial(NnxCifarResNet, blocks=9),
+    "mlp": NnxMLP,
+}
+IMAGE_SHAPES: dict[str, tuple[int, int, int]] = {
+    name: (32, 32, 3) if name in NNX else (224, 224, 3) for name in LINEN
+}
+
+
+def linen_model(
+    name: str,
+    method: Method,
+    *,
+    num_classes: int,
+    train: bool,
+    dtype: Any = jnp.float32,
+    width: int | None = None,
+) -> nn.Module:
+    """Returns a linen model.
+
+    Args:
+      name: one of ``LINEN``.
+      method: the normalization.
+      num_classes: number of classes.
+      train: normalize with the batch's statistics, not the running ones.
+      dtype: of the computation; parameters are float32.
+      width: features of the first stage or hidden layer; None for the published ones.
+    """
+    units = LinenUnits(method, train, dtype)
+    return LINEN[name](units=units, num_classes=num_classes, **_given(width))
+
+
+def nnx_model(
+    name: str,
+    method: Method,
+    *,
+    in_shape: tuple[int, ...],
+    num_classes: int,
+    dtype: Any = jnp.float32,
+    width: int | None = None,
+    rngs: nnx.Rngs,
+) -> nnx.Module:
+    """Returns an nnx model.
+
+    Args:
+      name: one of ``NNX``.
+      method: the normalization.
+      in_shape: of an image.
+      num_classes: number of classes.
+      dtype: of the computation; parameters are float32.
+      width: features of the first stage or hidden layer; None for the published ones.
+      rngs: keys for the parameters and, in training, the sampling.
+
+    Raises:
+      ValueError: if the model is there in linen only.
+    """
+    if name not in NNX:
+        raise ValueError(
+            f"Expected one of the nnx models {', '.join(NNX)}, got {name!r}. Use linen."
+        )
+    units = NnxUnits(method, dtype, rngs)
+    return NNX[name](
+        units=units, in_shape=in_shape, num_classes=num_classes, **_given(width)
+    )
+
+
+def _given(width: int | None) -> dict[str, int]:
+    return {} if width is None else {"width": width}

@@ -1,0 +1,95 @@
+"""Residual networks for small images, in linen and in nnx.
+
+Those of section 4.2 of He et al., "Deep Residual Learning for Image Recognition",
+arXiv 1512.03385: three stages of two-convolution blocks, and shortcuts without
+parameters. ``6 * blocks + 2`` layers: ResNet-8, 20, 56 have 1, 3, 9 blocks a stage.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from models.units import LinenUnits, NnxUnits
+
+
+class CifarResNet(nn.Module):
+    """Residual network for small images.
+
+    Attributes:
+      units: what it is built of.
+      num_classes: number of classes.
+      blocks: blocks a stage.
+      width: features of the first stage; they double with each stage.
+    """
+
+    units: LinenUnits
+    num_classes: int
+    blocks: int
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the logits of images ``(N, H, W, C)``, in float32."""
+        conv_norm = self.units.conv_norm
+        x = conv_norm(self.width, 3, activation=nn.relu)(x)
+        for features, strides in _blocks(self.width, self.blocks):
+            residual = _shortcut(x, features, strides)
+            x = conv_norm(features, 3, strides, activation=nn.relu)(x)
+            x = conv_norm(features, 3, activation=nn.relu)(x, residual)
+        x = x.mean(axis=(1, 2))
+        return self.units.head(self.num_classes)(x).astype(jnp.float32)
+
+
+class NnxCifarResNet(nnx.Module):
+    """The nnx counterpart of :class:`CifarResNet`, for images of ``in_shape``."""
+
+    def __init__(
+        self,
+        units: NnxUnits,
+        in_shape: tuple[int, ...],
+        num_classes: int,
+        blocks: int,
+        width: int = 16,
+    ) -> None:
+        self.stem = units.conv_norm(in_shape[-1], width, 3, activation=nnx.relu)
+        stack, in_features = [], width
+        for features, strides in _blocks(width, blocks):
+            stack.append(_NnxBlock(units, in_features, features, strides))
+            in_features = features
+        self.blocks = nnx.List(stack)
+        self.head = units.head(in_features, num_classes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Returns the logits of images ``(N, H, W, C)``, in float32."""
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(axis=(1, 2))).astype(jnp.float32)
+
+
+class _NnxBlock(nnx.Module):
+    def __init__(
+        self, units: NnxUnits, in_features: int, features: int, strides: int
+    ) -> None:
+        self.features, self.strides = features, strides
+        self.unit1 = units.conv_norm(in_features, features, 3, strides, nnx.relu)
+        self.unit2 = units.conv_norm(features, features, 3, activation=nnx.relu)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.unit2(self.unit1(x), _shortcut(x, self.features, self.strides))
+
+
+def _blocks(width: int, blocks: int) -> list[tuple[int, int]]:
+    """Returns the features and strides of each block."""
+    return [
+        (width * 2**stage, 2 if stage > 0 and block == 0 else 1)
+        for stage in range(3)
+        for block in range(blocks)
+    ]
+
+
+def _shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
+    """Option A of the paper: skips pixels, and fills up with zero features."""
+    x = x[:, ::strides, ::strides]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
