@@ -30,10 +30,10 @@ from rich.progress import (
 
 import flax_sbn
 import methods
+from comparison import Report, Run, new_folder
 from data import DataError, Dataset, load_cifar10, load_digits
 from models import LINEN
 from networks import DTYPES, NETWORKS, Settings
-from comparison import Report, Run, new_folder
 from training import Trainer, to_device
 
 _TIMING_ROUNDS = 15

@@ -6,8 +6,12 @@ own transpose: the gradient is a block of the cotangent, at the negated start. S
 primitive does both, differentiates in either mode and to any order, and what it returns
 fuses into the gradient that it is added to. Nor does a window of a padded array need
 the padded copy.
+
+TPUs gather slowly, and slice and update in place well: there each block is one slice,
+and :func:`fork` adds its gradient in place.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -44,7 +48,18 @@ def batched_slice(
     return _slice_p.bind(x, *starts, axes=tuple(axes), sizes=tuple(sizes))
 
 
-def _slice(
+def fork(
+    x: jax.Array, starts: Sequence[jax.Array], axes: Sequence[int], sizes: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns ``x`` and its blocks, such that their gradients add up in one go.
+
+    In float32 or wider, and without an array for the blocks' gradient. See
+    :func:`batched_slice` for the arguments.
+    """
+    return tuple(_fork_p.bind(x, *starts, axes=tuple(axes), sizes=tuple(sizes)))
+
+
+def _gathered(
     x: jax.Array, *starts: jax.Array, axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> jax.Array:
     # One gather, whose indices run over all axes up to the last sliced one: XLA would
@@ -86,6 +101,81 @@ def _slice(
     return jnp.where(inside, blocks, jnp.zeros((), x.dtype))
 
 
+def _sliced(
+    x: jax.Array, *starts: jax.Array, axes: tuple[int, ...], sizes: tuple[int, ...]
+) -> jax.Array:
+    """One slice for each block; or, where blocks are larger, one update."""
+    shape = _shape(x.shape, axes, sizes)
+    if math.prod(shape) > math.prod(x.shape):
+        back = [-start for start in starts]
+        return _updated(jnp.zeros(shape, x.dtype), x, *back, axes=axes)
+    flat = x.reshape(-1, *x.shape[2:])  # the slices are of this, not of a reshaped copy
+    blocks = []
+    for g in range(len(x)):
+        at, extents, offsets = _inside(g, x.shape, shape, starts, axes)
+        block = lax.dynamic_slice(flat, at, extents)
+        blocks.append(_window(block, offsets, shape[1:], axes))
+    return jnp.concatenate(blocks).reshape(shape)
+
+
+def _updated(
+    x: jax.Array, blocks: jax.Array, *starts: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """Adds blocks to ``x`` where they were taken, in place if the compiler can."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    flat = x.reshape(-1, *x.shape[2:])
+    for g in range(len(x)):
+        at, extents, offsets = _inside(g, x.shape, blocks.shape, starts, axes)
+        back = [-offset for offset in offsets]
+        block = _window(blocks[g], back, extents, axes)
+        old = lax.dynamic_slice(flat, at, extents)
+        total = (old.astype(wide) + block.astype(wide)).astype(x.dtype)
+        flat = lax.dynamic_update_slice(flat, total, at)
+    return flat.reshape(x.shape)
+
+
+def _inside(
+    entry: int,
+    shape: tuple[int, ...],
+    block: tuple[int, ...],
+    starts: Sequence[jax.Array],
+    axes: tuple[int, ...],
+) -> tuple[list[Any], list[int], list[Any]]:
+    """Returns the part of an entry that holds what its block shows of it.
+
+    Its start in the array whose two leading axes are one, its extents, and where the
+    block starts in it.
+    """
+    extents = [min(size, n) for size, n in zip(block[1:], shape[1:], strict=True)]
+    first: list[Any] = [jnp.int32(0)] * len(extents)
+    offsets: list[Any] = [jnp.int32(0)] * len(extents)
+    for axis, start in zip(axes, starts, strict=True):
+        last = shape[axis] - extents[axis - 1]
+        first[axis - 1] = jnp.clip(start[entry], 0, last)
+        offsets[axis - 1] = start[entry] - first[axis - 1]
+    first[0] += entry * shape[1]
+    return first, extents, offsets
+
+
+def _window(
+    block: jax.Array,
+    offsets: Sequence[jax.Array],
+    sizes: Sequence[int],
+    axes: tuple[int, ...],
+) -> jax.Array:
+    """Returns the window of a block at ``offsets``, zero where it sticks out."""
+    border = [size if axis + 1 in axes else 0 for axis, size in enumerate(sizes)]
+    padded = lax.pad(
+        block, jnp.zeros((), block.dtype), [(size, size, 0) for size in border]
+    )
+    # Farther out than its size there are zeros, too.
+    at = [
+        jnp.clip(offset + size, 0, n + size)
+        for offset, size, n in zip(offsets, border, block.shape, strict=True)
+    ]
+    return lax.dynamic_slice(padded, at, sizes)
+
+
 def _shape(
     shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[int, ...]:
@@ -94,7 +184,20 @@ def _shape(
     return tuple(extents.get(axis, n) for axis, n in enumerate(shape))
 
 
-def _jvp(
+def _join(
+    x: jax.Array, blocks: jax.Array, *starts: jax.Array, axes: tuple[int, ...]
+) -> jax.Array:
+    """Adds blocks to ``x`` where they were taken: the transpose of :func:`fork`."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    back = [-start for start in starts]
+    extents = [x.shape[axis] for axis in axes]
+    # In half precision XLA would have the blocks' gradient written on a GPU, for the
+    # convolution that gives the other one to add.
+    total = x.astype(wide) + batched_slice(blocks.astype(wide), back, axes, extents)
+    return total.astype(x.dtype)
+
+
+def _slice_jvp(
     primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[Any, Any]:
     x, *starts = primals  # only x has a tangent, or there is none at all
@@ -102,7 +205,7 @@ def _jvp(
     return blocks, _slice_p.bind(tangents[0], *starts, **params)
 
 
-def _transpose(
+def _slice_transpose(
     ct: Any, x: Any, *starts: jax.Array, axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[Any]:
     if type(ct) is ad.Zero:
@@ -112,38 +215,119 @@ def _transpose(
     return [gradient, *[None] * len(starts)]
 
 
-def _batch(
-    args: Sequence[jax.Array],
-    dims: Sequence[int | None],
-    *,
+def _fork_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    x, *starts = primals
+    results = _fork_p.bind(x, *starts, **params)
+    return results, _fork_p.bind(tangents[0], *starts, **params)
+
+
+def _fork_transpose(
+    cts: Sequence[Any],
+    x: Any,
+    *starts: jax.Array,
     axes: tuple[int, ...],
     sizes: tuple[int, ...],
-) -> tuple[jax.Array, int]:
+) -> list[Any]:
+    ct, ct_blocks = cts
+    if type(ct_blocks) is ad.Zero:
+        return [ct, *[None] * len(starts)]
+    if type(ct) is ad.Zero:
+        return _slice_transpose(ct_blocks, x, *starts, axes=axes, sizes=sizes)
+    return [_join_p.bind(ct, ct_blocks, *starts, axes=axes), *[None] * len(starts)]
+
+
+def _join_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], **params: Any
+) -> tuple[Any, Any]:
+    x, blocks, *starts = primals
+    total = _join_p.bind(x, blocks, *starts, **params)
+    t, t_blocks = (ad.instantiate_zeros(tangent) for tangent in tangents[:2])
+    return total, _join_p.bind(t, t_blocks, *starts, **params)
+
+
+def _join_transpose(
+    ct: Any, x: Any, blocks: Any, *starts: jax.Array, axes: tuple[int, ...]
+) -> list[Any]:
+    aval = blocks.aval if ad.is_undefined_primal(blocks) else jax.typeof(blocks)
+    if type(ct) is ad.Zero:
+        return [ct, ad.Zero(aval), *[None] * len(starts)]
+    sizes = [aval.shape[axis] for axis in axes]
+    results = fork(ct, starts, axes, sizes)
+    given = [
+        result if ad.is_undefined_primal(primal) else None
+        for result, primal in zip(results, (x, blocks), strict=True)
+    ]
+    return [*given, *[None] * len(starts)]
+
+
+def _batch(
+    primitive: core.Primitive,
+    args: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    **params: Any,
+) -> tuple[Any, Any]:
     """Merges the mapped axis with the leading one."""
     (count,) = {
         a.shape[dim] for a, dim in zip(args, dims, strict=True) if dim is not None
     }
-    x, *starts = (
-        jnp.broadcast_to(a, (count, *a.shape))
-        if dim is None
-        else jnp.moveaxis(a, dim, 0)
-        for a, dim in zip(args, dims, strict=True)
-    )
-    merged = batched_slice(
-        x.reshape(-1, *x.shape[2:]),
-        [start.reshape(-1) for start in starts],
-        axes,
-        sizes,
-    )
-    return merged.reshape(*x.shape[:2], *merged.shape[1:]), 0
+    merged = []
+    for a, dim in zip(args, dims, strict=True):
+        a = (
+            jnp.broadcast_to(a, (count, *a.shape))
+            if dim is None
+            else jnp.moveaxis(a, dim, 0)
+        )
+        merged.append(a.reshape(-1, *a.shape[2:]))
+
+    def split(a: jax.Array) -> jax.Array:
+        return a.reshape(count, -1, *a.shape[1:])
+
+    results = primitive.bind(*merged, **params)
+    if primitive.multiple_results:
+        return [split(a) for a in results], [0] * len(results)
+    return split(results), 0
 
 
-_slice_p = core.Primitive("batched_slice")
-_slice_p.def_impl(jax.jit(_slice, static_argnames=("axes", "sizes")))
-_slice_p.def_abstract_eval(
-    lambda x, *_, axes, sizes: x.update(shape=_shape(x.shape, axes, sizes))
+def _primitive(
+    name: str, gathered: Any, sliced: Any, jvp: Any, transpose: Any, shapes: Any
+) -> core.Primitive:
+    primitive = core.Primitive(name)
+    primitive.multiple_results = several = name == "batched_fork"
+    static = ("axes",) if name == "batched_join" else ("axes", "sizes")
+    primitive.def_impl(jax.jit(gathered, static_argnames=static))
+    primitive.def_abstract_eval(shapes)
+    lower = functools.partial(mlir.lower_fun, multiple_results=several)
+    mlir.register_lowering(primitive, lower(gathered))
+    mlir.register_lowering(primitive, lower(sliced), platform="tpu")
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
+    return primitive
+
+
+_slice_p = _primitive(
+    "batched_slice",
+    _gathered,
+    _sliced,
+    _slice_jvp,
+    _slice_transpose,
+    lambda x, *_, axes, sizes: x.update(shape=_shape(x.shape, axes, sizes)),
 )
-mlir.register_lowering(_slice_p, mlir.lower_fun(_slice, multiple_results=False))
-ad.primitive_jvps[_slice_p] = _jvp
-ad.primitive_transposes[_slice_p] = _transpose
-batching.primitive_batchers[_slice_p] = _batch
+_fork_p = _primitive(
+    "batched_fork",
+    lambda x, *starts, **params: (x, _gathered(x, *starts, **params)),
+    lambda x, *starts, **params: (x, _sliced(x, *starts, **params)),
+    _fork_jvp,
+    _fork_transpose,
+    lambda x, *_, axes, sizes: [x, x.update(shape=_shape(x.shape, axes, sizes))],
+)
+_join_p = _primitive(
+    "batched_join",
+    _join,
+    _updated,
+    _join_jvp,
+    _join_transpose,
+    lambda x, *_, axes: x.update(),
+)

@@ -54,25 +54,32 @@ class Convolution:
             ),
         )
 
-    def restrict(
+    def fork(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Convolution"]:
+    ) -> tuple[jax.Array, jax.Array, "Convolution"]:
         """Returns the input below a part of the output, and the convolution there.
 
         Args:
           x: ``(N, *spatial, I)``.
           part: positions of the output.
           extent: extent of the output's spatial axes.
+
+        Returns:
+          ``x``, the input below the part, and what to apply to that.
         """
-        here = self
-        for windows in part.windows:
-            x, here = here._below(x, windows, extent)
-            extent = windows.sizes[1:]
-        return x, here
+        if not part.windows:
+            return x, x, self
+        first, *rest = part.windows
+        x, below, here = self._below(x, first, extent)
+        for windows in rest:
+            extent = first.sizes[1:]
+            first = windows
+            _, below, here = here._below(below, windows, extent)
+        return x, below, here
 
     def _below(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Convolution"]:
+    ) -> tuple[jax.Array, jax.Array, "Convolution"]:
         starts, sizes = [windows.starts[0]], [windows.sizes[0]]
         padding, dilation = list(self.padding), list(self.input_dilation)
         gaps = [(0, 0, 0)] * x.ndim
@@ -82,21 +89,19 @@ class Convolution:
                 starts.append(0)
                 sizes.append(x.shape[i + 1])
                 continue
-            first = jnp.asarray(start * self.strides[i] - padding[i][0], jnp.int32)
-            starts.append(jnp.broadcast_to(first, windows.runs))
+            starts.append(start * self.strides[i] - padding[i][0])
             reach = (self.window[i] - 1) * self.kernel_dilation[i]
             sizes.append((size - 1) * self.strides[i] + reach + 1)
             gaps[i + 1] = (0, 0, dilation[i] - 1)
             padding[i], dilation[i] = (0, 0), 1
-        if any(gap for _, _, gap in gaps):
-            x = lax.pad(x, jnp.zeros((), x.dtype), gaps)
-        x = Windows(windows.runs, tuple(starts), tuple(sizes)).take(
-            x, range(x.ndim - 1)
-        )
         here = dataclasses.replace(
             self, padding=tuple(padding), input_dilation=tuple(dilation)
         )
-        return x, here
+        window = Windows(windows.runs, tuple(starts), tuple(sizes))
+        if any(gap for _, _, gap in gaps):
+            dilated = lax.pad(x, jnp.zeros((), x.dtype), gaps)
+            return x, window.fork(dilated)[1], here
+        return *window.fork(x), here
 
 
 def make_convolution(

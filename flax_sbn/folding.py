@@ -354,9 +354,9 @@ class _Linear(Protocol):
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array: ...
 
-    def restrict(
+    def fork(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "_Linear"]: ...
+    ) -> tuple[jax.Array, jax.Array, "_Linear"]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,10 +368,14 @@ class _Product:
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return self.function(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    def restrict(
+    def fork(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "_Product"]:
-        return part.take(x, range(x.ndim - 1)), self
+    ) -> tuple[jax.Array, jax.Array, "_Product"]:
+        below = x
+        for i, windows in enumerate(part.windows):
+            again, below = windows.fork(below)
+            x = again if i == 0 else x
+        return x, below, self
 
 
 def _linear_norm(
@@ -415,45 +419,20 @@ def _linear_norm(
         )
     else:
         if statistics is None:
-            # The gradients of the measured and of all values meet here: in float32 XLA
-            # adds them where it reads them next, in half precision it would write the
-            # former down for a convolution that adds them.
-            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-            x = wide.astype(x.dtype)
-            statistics = _sampled_statistics(
-                linear,
-                wide,
-                narrow,
-                sampled_parts(sampler, shape[:-1], key),
-                shape,
-                mask,
-                pooling,
-            )
+            parts = sampled_parts(sampler, shape[:-1], key)
+            values = []
+            for part in parts:
+                x, below, here = linear.fork(x, part, shape[1:-1])
+                values.append(here(below, narrow))
+            axes = tuple(range(x.ndim - 1))
+            masks = None if mask is None else [part.take(mask, axes) for part in parts]
+            statistics = part_statistics(parts, values, axes, masks=masks, **pooling)
         folded, shift = fold(kernel, statistics, scale, bias, epsilon=epsilon)
         y = linear(x, folded.astype(x.dtype))
         # Broadcast first: then the bias' gradient is summed in float32.
         y += jnp.broadcast_to(shift, shape).astype(y.dtype)
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics
-
-
-def _sampled_statistics(
-    linear: _Linear,
-    x: jax.Array,
-    kernel: jax.Array,
-    parts: Sequence[Part],
-    shape: tuple[int, ...],
-    mask: jax.Array | None,
-    pooling: dict[str, Any],
-) -> Statistics:
-    """Computes the measured parts of an output of the given shape, and measures."""
-    axes = tuple(range(len(shape) - 1))
-    values = []
-    for part in parts:
-        below, here = linear.restrict(x, part, shape[1:-1])
-        values.append(here(below.astype(kernel.dtype), kernel))
-    masks = None if mask is None else [part.take(mask, axes) for part in parts]
-    return part_statistics(parts, values, axes, masks=masks, **pooling)
 
 
 def add_and_activate(

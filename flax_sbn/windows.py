@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_sbn.batched_slice import batched_slice
+from flax_sbn.batched_slice import batched_slice, fork
 
 Start = int | jax.Array
 
@@ -71,6 +71,30 @@ class Windows:
             blocks = batched_slice(blocks, each, along, extents)
             blocks = jnp.moveaxis(blocks, 0, rows)
         return blocks.reshape(*before, self.shape[0], *blocks.shape[rows + 2 :])
+
+    def fork(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns ``x`` and the blocks, such that their gradients add up in one go.
+
+        Args:
+          x: an array whose first axes are those of the windows. Any block may stick
+            out of it: zeros are read there.
+
+        Returns:
+          ``x``, and what :meth:`take` would return.
+        """
+        runs = x.reshape(self.runs, -1, *x.shape[1:])
+        sliced = [
+            (axis, jnp.broadcast_to(jnp.asarray(start, jnp.int32), self.runs), size)
+            for axis, (start, size) in enumerate(
+                zip(self.starts, self.sizes, strict=True), start=1
+            )
+            if not (isinstance(start, int) and start == 0 and size == runs.shape[axis])
+        ]
+        if not sliced:
+            return x, x
+        axes, starts, sizes = zip(*sliced, strict=True)
+        runs, blocks = fork(runs, starts, axes, sizes)
+        return runs.reshape(x.shape), blocks.reshape(-1, *blocks.shape[2:])
 
 
 def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
