@@ -48,11 +48,21 @@ html_theme_options = {
 # Pages of other projects that the docstrings refer to. A table, and no download of
 # their inventories, so that the documentation builds without a network.
 FLAX = "https://flax.readthedocs.io/en/latest/api_reference"
+JAX = "https://docs.jax.dev/en/latest/_autosummary"
 PAGES = {
     "flax.linen": f"{FLAX}/flax.linen/index.html",
     "flax.linen.BatchNorm": f"{FLAX}/flax.linen/layers.html#flax.linen.BatchNorm",
+    "flax.linen.Conv": f"{FLAX}/flax.linen/layers.html#flax.linen.Conv",
+    "flax.linen.Dense": f"{FLAX}/flax.linen/layers.html#flax.linen.Dense",
+    "flax.linen.relu": f"{FLAX}/flax.linen/activation_functions.html#flax.linen.relu",
     "flax.nnx": f"{FLAX}/flax.nnx/index.html",
     "flax.nnx.BatchNorm": f"{FLAX}/flax.nnx/nn/normalization.html#flax.nnx.BatchNorm",
+    "flax.nnx.Conv": f"{FLAX}/flax.nnx/nn/linear.html#flax.nnx.Conv",
+    "flax.nnx.Linear": f"{FLAX}/flax.nnx/nn/linear.html#flax.nnx.Linear",
+    "flax.nnx.relu": f"{FLAX}/flax.nnx/nn/activations.html#flax.nnx.relu",
+    "jax.lax.conv_general_dilated": f"{JAX}/jax.lax.conv_general_dilated.html",
+    "jax.lax.dot_general": f"{JAX}/jax.lax.dot_general.html",
+    "jax.nn.relu": f"{JAX}/jax.nn.relu.html",
 }
 
 

@@ -418,21 +418,60 @@ def _linear_norm(
             **pooling,
         )
     else:
+        half = jnp.finfo(x.dtype).bits < 32
+        inputs, values = [], []
         if statistics is None:
             parts = sampled_parts(sampler, shape[:-1], key)
-            values = []
             for part in parts:
                 x, below, here = linear.fork(x, part, shape[1:-1])
+                inputs.append((part.weight, below))
                 values.append(here(below, narrow))
             axes = tuple(range(x.ndim - 1))
             masks = None if mask is None else [part.take(mask, axes) for part in parts]
             statistics = part_statistics(parts, values, axes, masks=masks, **pooling)
         folded, shift = fold(kernel, statistics, scale, bias, epsilon=epsilon)
-        y = linear(x, folded.astype(x.dtype))
-        # Broadcast first: then the bias' gradient is summed in float32.
-        y += jnp.broadcast_to(shift, shape).astype(y.dtype)
+        rounded = folded.astype(x.dtype)
+        if half and inputs and mask is None:
+            measured, _ = fold(narrow, statistics, scale, bias, epsilon=epsilon)
+            shift -= _mean_output(inputs, rounded - measured)
+        y = linear(x, rounded)
+        if half:
+            # cuDNN adds a bias of the convolution's own type, and does so in float32.
+            y = lax.platform_dependent(
+                y, shift, cuda=_add_narrow, rocm=_add_narrow, default=_add_wide
+            )
+        else:
+            y += shift
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics
+
+
+def _mean_output(
+    inputs: Sequence[tuple[float, jax.Array]], kernel: jax.Array
+) -> jax.Array:
+    """Returns about what a kernel gives on average, given weighted parts of the input.
+
+    The statistics are those of the rounded kernel, and what is applied is the rounded
+    folded one. Where inputs have a mean, the difference would be an offset, which no
+    norm removes any more.
+    """
+    parts = [
+        weight * x.mean(range(x.ndim - 1), dtype=kernel.dtype) for weight, x in inputs
+    ]
+    mean = functools.reduce(jnp.add, parts)
+    groups = mean.size // kernel.shape[-2]
+    # A group of output features sees its own group of input features.
+    seen = jnp.repeat(mean.reshape(groups, -1).T, kernel.shape[-1] // groups, axis=1)
+    return lax.stop_gradient((kernel * seen).sum(range(kernel.ndim - 1)))
+
+
+def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:
+    # Broadcast first: then the gradient of the shift is summed in float32.
+    return y + jnp.broadcast_to(shift, y.shape).astype(y.dtype)
+
+
+def _add_wide(y: jax.Array, shift: jax.Array) -> jax.Array:
+    return (y + shift).astype(y.dtype)
 
 
 def add_and_activate(
