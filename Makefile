@@ -4,14 +4,15 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo test test-lowest docs bench format clean
+.PHONY: help demo test test-lowest docs bench traffic format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
 	@echo "make test         linter, type checker, doctests and tests"
 	@echo "make test-lowest  the tests with the oldest supported dependencies"
 	@echo "make docs         build the documentation in docs/_build/html"
-	@echo "make bench        time the layers on this device"
+	@echo "make bench        time layers and training steps on this device"
+	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
 	@echo "make format       format the code"
 	@echo "ARGS='...' passes options on: make demo ARGS='--help'"
 
@@ -46,12 +47,19 @@ docs: $(VENV)/.installed-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.installed-examples
-	$(VENV)/bin/python benchmarks/layer.py $(ARGS)
-	$(VENV)/bin/python benchmarks/layer.py --dtype bfloat16 $(ARGS)
+	$(VENV)/bin/python benchmarks/train_step.py --minutes 4.5 $(ARGS)
+	$(VENV)/bin/python benchmarks/layer.py --what block --minutes 2 $(ARGS)
+	$(VENV)/bin/python benchmarks/layer.py --minutes 1.5 $(ARGS)
+	$(VENV)/bin/python benchmarks/report.py
+
+# In an environment of its own: without a driver, JAX's CUDA plugin complains elsewhere.
+traffic:
+	$(MAKE) .venv-traffic/.installed-traffic VENV=.venv-traffic
+	.venv-traffic/bin/python benchmarks/traffic.py $(ARGS)
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-lowest docs/_build
+	rm -rf .venv .venv-lowest .venv-traffic docs/_build

@@ -1,17 +1,17 @@
 """Times one layer, forward and gradient: ours with each sampler against flax's.
 
+``--what norm`` is the norm alone on a given activation. ``--what block`` is the
+convolution, the norm and the ReLU; the norm's own cost is what the block takes more
+than the same convolution with a bias and a ReLU.
+
 Shapes are those of ResNet-50's batch norms and of a multilayer perceptron. All variants
 of a shape get the same input (virtual rows are among its rows), are compiled first and
 then run in turns, so that whatever else the machine does hits all alike; a ratio is the
-median of the rounds' ratios. Prints a table and writes JSON.
+median of the rounds' ratios. Prints a table and writes JSON, anew after each shape.
 """
 
 import argparse
 import dataclasses
-import datetime
-import json
-import platform
-import random
 import statistics
 import sys
 import time
@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 from flax import linen as nn
-from rich import box
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-
-import flax_sbn as sbn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+import flax_sbn as sbn
+import tables
+import timing
+from models.units import LinenUnits
+from step import VARIANTS
 from tests.cases import LAYER_SHAPES
 
 # The paper's amounts. None is ours without a sampler: flax's arithmetic to the bit.
@@ -43,20 +43,44 @@ SAMPLERS: dict[str, sbn.Sampler | None] = {
     "FS+VDN": sbn.MixedSampling(sbn.FeatureSampling(1 / 64), sbn.VirtualSampling(4)),
     "BS+VDN": sbn.MixedSampling(sbn.BatchSampling(4), sbn.VirtualSampling(4)),
 }
-_MIN_SECONDS = 0.01  # of one measurement: short steps are repeated
 _DENSE_BATCH = 32  # a multilayer perceptron sees so many times the rows
+
+BLOCKS = {
+    "flax": VARIANTS["flax BN"],
+    "conv": VARIANTS["no norm"],
+    **{name: VARIANTS[name] for name in ("FS 1/64", "FS 1/64 folded", "BS 8 folded")},
+}
+# The convolution that makes a layer's shape: one row of its input, kernel and strides.
+CONVOLUTIONS: dict[str, tuple[tuple[int, int, int], int, int]] = {
+    "resnet50-stem": ((224, 224, 3), 7, 2),
+    "resnet50-stage1": ((56, 56, 64), 3, 1),
+    "resnet50-stage1-out": ((56, 56, 64), 1, 1),
+    "resnet50-stage2-out": ((28, 28, 128), 1, 1),
+    "resnet50-stage3-out": ((14, 14, 256), 1, 1),
+    "resnet50-stage4-out": ((7, 7, 512), 1, 1),
+}
+_LAYERS = {"norm": tuple(LAYER_SHAPES), "block": tuple(CONVOLUTIONS)}
 
 
 @dataclasses.dataclass
 class Result:
-    """One layer, normalized in one way."""
+    """One layer, normalized in one way.
+
+    Attributes:
+      ratio: of time to flax's.
+      compile_ratio: likewise, of the time to compile.
+      own_milliseconds: what a block takes more than its convolution.
+      own_ratio: of that to flax's; None where flax's own cost is lost in the noise.
+    """
 
     layer: str
     shape: tuple[int, ...]
     variant: str
     milliseconds: float
-    ratio: float  # of time to flax's
+    ratio: float
     compile_ratio: float
+    own_milliseconds: float | None = None
+    own_ratio: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,89 +89,140 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--what", choices=tuple(_LAYERS), default="norm")
+    parser.add_argument("--shape", nargs="+", choices=tuple(LAYER_SHAPES))
     parser.add_argument(
-        "--shape", nargs="+", choices=tuple(LAYER_SHAPES), default=tuple(LAYER_SHAPES)
+        "--batch-size",
+        type=int,
+        default=32 if on_cpu else 256,
+        metavar="N",
+        help="rows (default: %(default)s)",
     )
-    parser.add_argument("--batch-size", type=int, default=32 if on_cpu else 256)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument(
-        "--json",
-        type=Path,
-        help="file to write (default: a new one in benchmarks/results)",
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32" if on_cpu else "bfloat16",
+        help="of the computation (default: %(default)s)",
     )
+    timing.add_arguments(parser, rounds=9 if on_cpu else 25)
     args = parser.parse_args(argv)
-    path = args.json or default_path(args.dtype)
-    if path.exists():
-        parser.error(f"--json: {path} exists; give a new name")
+    shapes = args.shape or _LAYERS[args.what]
+    if unknown := set(shapes) - set(_LAYERS[args.what]):
+        parser.error(f"--shape: no {args.what} of {', '.join(sorted(unknown))}")
+    kind = "layer" if args.what == "norm" else "block"
+    path = timing.new_path(parser, args.json, f"{kind}-{{device}}-{args.dtype}")
+    deadline = timing.Deadline(args.minutes)
 
-    results = [
-        result
-        for name in track(args.shape, "layers", transient=True)
-        for result in measure(name, args.batch_size, args.dtype, args.rounds)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "benchmark": "layer",
-        "what": "forward and gradient of one batch norm layer, time against flax's",
-        **describe(args),
-        "results": [dataclasses.asdict(result) for result in results],
+    report: dict[str, Any] = {
+        "benchmark": kind,
+        "what": f"forward and gradient of one {args.what}, time against flax's",
+        **timing.describe(),
+        "dtype": args.dtype,
+        "rounds": args.rounds,
+        "results": [],
     }
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    console = Console()
-    console.print(table(results, report))
-    console.print(f"Numbers: {path}")
+    for i, name in enumerate(shapes):
+        if not deadline.allows_another():
+            timing.say(f"Time is up; not measured: {', '.join(shapes[i:])}")
+            break
+        timing.say(f"{kind} {i + 1}/{len(shapes)}: {name}")
+        results = measure(args.what, name, args.batch_size, args.dtype, args.rounds)
+        report["results"] += [dataclasses.asdict(result) for result in results]
+        timing.write(path, report)
+    print(tables.TABLES[kind](report))
+    print(f"Numbers: {path}")
     return 0
 
 
-def measure(name: str, batch_size: int, dtype: str, rounds: int) -> Iterator[Result]:
+def measure(
+    what: str, name: str, batch_size: int, dtype: str, rounds: int
+) -> Iterator[Result]:
     """Yields the results of one shape."""
-    row = LAYER_SHAPES[name]
-    shape = (batch_size, *row)
-    if len(row) == 1:
-        shape = (_DENSE_BATCH * batch_size, *row)
-    variants: dict[str, nn.BatchNorm] = {
-        "flax": nn.BatchNorm(use_running_average=False, dtype=dtype)
-    }
-    for label, sampler in SAMPLERS.items():
-        if len(row) == 1 and "FS" in label:
-            continue
-        variants[label] = sbn.linen.BatchNorm(
-            use_running_average=False, dtype=dtype, sampler=sampler
-        )
+    variants = norms(name, dtype) if what == "norm" else blocks(name, dtype)
+    shape = (batch_size, *LAYER_SHAPES[name])
+    if len(shape) == 2:
+        shape = (_DENSE_BATCH * batch_size, *shape[1:])
+    input_shape = shape
+    if what == "block":
+        input_shape = (batch_size, *CONVOLUTIONS[name][0])
 
     steps, compiling = {}, {}
     for label, layer in variants.items():
         begin = time.perf_counter()
-        steps[label] = compiled_step(layer, shape, dtype)
+        steps[label] = compiled_step(layer, input_shape, shape, dtype)
         compiling[label] = time.perf_counter() - begin
-    seconds = interleaved(steps, rounds)
+    seconds = timing.interleaved(steps, rounds)
+    own: dict[str, float] = {}
+    if what == "block":
+        own = {label: added(times, seconds["conv"]) for label, times in seconds.items()}
     for label, times in seconds.items():
         yield Result(
             layer=name,
             shape=shape,
             variant=label,
             milliseconds=1e3 * statistics.median(times),
-            ratio=statistics.median(
-                mine / flax for mine, flax in zip(times, seconds["flax"], strict=True)
-            ),
+            ratio=timing.median_ratio(times, seconds["flax"]),
             compile_ratio=compiling[label] / compiling["flax"],
+            own_milliseconds=1e3 * own[label] if own else None,
+            own_ratio=own[label] / own["flax"] if own and own["flax"] > 0 else None,
         )
 
 
-def compiled_step(
-    layer: nn.BatchNorm, shape: tuple[int, ...], dtype: str
-) -> Callable[[], Any]:
-    """Compiles output, updated statistics and gradients; returns the ready call."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    x = jax.random.normal(keys[0], shape, dtype)
-    g = jax.random.normal(keys[1], shape, dtype)
-    variables = layer.init(keys[2], x[:1])
+def added(times: Sequence[float], without: Sequence[float]) -> float:
+    """Returns the median of what the same round took more."""
+    return statistics.median(
+        mine - other for mine, other in zip(times, without, strict=True)
+    )
 
-    def step(
-        params: Any, stats: Any, x: jax.Array, g: jax.Array, key: jax.Array
-    ) -> Any:
-        def forward(params: Any, x: jax.Array) -> Any:
+
+def norms(name: str, dtype: str) -> dict[str, nn.Module]:
+    """Returns the norms of a layer by the names of the variants."""
+    variants: dict[str, nn.Module] = {
+        "flax": nn.BatchNorm(use_running_average=False, dtype=dtype)
+    }
+    for label, sampler in SAMPLERS.items():
+        if len(LAYER_SHAPES[name]) == 1 and "FS" in label:
+            continue
+        variants[label] = sbn.linen.BatchNorm(
+            use_running_average=False, dtype=dtype, sampler=sampler
+        )
+    return variants
+
+
+def blocks(name: str, dtype: str) -> dict[str, Any]:
+    """Returns the blocks of a layer by the names of the variants."""
+    _, kernel_size, strides = CONVOLUTIONS[name]
+    features = LAYER_SHAPES[name][-1]
+    return {
+        label: LinenUnits(method, True, dtype).conv_norm(
+            features,
+            kernel_size,
+            strides,
+            # What has no norm is the limit, and gets the ReLU that fuses.
+            activation=sbn.relu if method.kind == "none" else nn.relu,
+        )
+        for label, method in BLOCKS.items()
+    }
+
+
+def compiled_step(
+    layer: Any,
+    input_shape: tuple[int, ...],
+    output_shape: tuple[int, ...],
+    dtype: str,
+) -> Callable[[], Any]:
+    """Compiles output, updated statistics and gradients; returns the ready call.
+
+    The gradient is that of parameters and input, but for images, which need none.
+    """
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], input_shape, dtype)
+    variables = layer.init(keys[1], x[:1])
+    params, stats = variables["params"], variables.get("batch_stats", {})
+    wanted = 1 if input_shape[-1] == 3 else 2  # images need no gradient
+
+    def step(stats: Any, g: jax.Array, key: jax.Array, *inputs: Any) -> Any:
+        def forward(params: Any, x: jax.Array = inputs[1]) -> Any:
             return layer.apply(
                 {"params": params, "batch_stats": stats},
                 x,
@@ -155,89 +230,13 @@ def compiled_step(
                 rngs={"sampling": key},
             )
 
-        y, backward, updates = jax.vjp(forward, params, x, has_aux=True)
+        y, backward, updates = jax.vjp(forward, *inputs[:wanted], has_aux=True)
         return y, updates, backward(g)
 
-    args = (variables["params"], variables["batch_stats"], x, g, keys[3])
+    g = jax.random.normal(keys[2], output_shape, dtype)
+    args = (stats, g, keys[3], params, x)
     compiled = jax.jit(step).lower(*args).compile()
     return lambda: compiled(*args)
-
-
-def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int
-) -> dict[str, list[float]]:
-    """Runs the steps in turns and returns the seconds of each round."""
-    repeats = {}
-    for name, step in steps.items():
-        jax.block_until_ready(step())
-        begin = time.perf_counter()
-        jax.block_until_ready(step())
-        repeats[name] = 1 + int(_MIN_SECONDS / (time.perf_counter() - begin))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                result = steps[name]()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - begin) / repeats[name])
-    return seconds
-
-
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns what a reader has to know about the figures."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "machine": platform.machine(),
-        "dtype": args.dtype,
-        "rounds": args.rounds,
-        "versions": {
-            "flax_sbn": sbn.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "python": platform.python_version(),
-        },
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def default_path(dtype: str) -> Path:
-    """Returns a name under benchmarks/results that is new to the second."""
-    kind = jax.devices()[0].device_kind.lower().replace(" ", "-")
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
-    folder = Path(__file__).parent / "results"
-    return folder / f"layer-{kind}-{dtype}-{stamp}.json"
-
-
-def table(results: list[Result], report: dict[str, Any]) -> Table:
-    """Returns the ratios as a table: a row a layer, a column a variant."""
-    title = (
-        f"time relative to flax's BatchNorm, {report['dtype']}, {report['device']}, "
-        f"jax {report['versions']['jax']}"
-    )
-    grid = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE,
-        padding=(0, 1, 0, 0),
-        show_edge=False,
-    )
-    grid.add_column("input", no_wrap=True)
-    grid.add_column("flax", justify="right", no_wrap=True)
-    for label in SAMPLERS:
-        grid.add_column(label.replace(" ", "\n"), justify="right")
-    for shape in dict.fromkeys(result.shape for result in results):
-        cells = {result.variant: result for result in results if result.shape == shape}
-        grid.add_row(
-            "x".join(map(str, shape)),
-            f"{cells['flax'].milliseconds:.1f} ms",
-            *(f"{cells[v].ratio:.2f}" if v in cells else "-" for v in SAMPLERS),
-        )
-    return grid
 
 
 if __name__ == "__main__":

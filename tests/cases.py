@@ -3,6 +3,7 @@
 Tests and benchmarks both read these tables: a sampler, or a shape, is one row here.
 """
 
+import collections
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -52,16 +53,17 @@ def pairwise(**options: Sequence[Any]) -> list[dict[str, Any]]:
         ordered = [(name, row[name]) for name in options if name in row]
         return missing & set(itertools.combinations(ordered, 2))
 
-    rows = []
+    rows: list[dict[str, int]] = []
     while missing:
         row = dict(min(missing))
         for name in options:
             if name not in row:
-                gains = [len(gain({**row, name: i})) for i in range(size[name])]
-                row[name] = gains.index(max(gains))
+                used = collections.Counter(each[name] for each in rows)
+                gains = {i: len(gain({**row, name: i})) for i in range(size[name])}
+                row[name] = max(gains, key=lambda i: (gains[i], -used[i]))
         missing -= gain(row)
-        rows.append({name: options[name][i] for name, i in row.items()})
-    return rows
+        rows.append(row)
+    return [{name: options[name][row[name]] for name in options} for row in rows]
 
 
 SAMPLER_RANKS = [
@@ -75,6 +77,30 @@ SAMPLER_CASES: list[tuple[str, int, str]] = sorted(
     (row["name"], max(row["rank"], 3 if row["name"] in SPATIAL else 2), row["dtype"])
     for row in pairwise(name=list(SAMPLERS), rank=list(SHAPES), dtype=DTYPES)
 )
+
+# Padding and input dilation of convolutions with three spatial axes. With fewer axes
+# they are the first of these values.
+BORDERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "SAME": ("SAME", (1, 1, 1)),
+    "VALID": ("VALID", (1, 1, 1)),
+    "SAME_LOWER": ("SAME_LOWER", (1, 1, 1)),
+    "CIRCULAR": ("CIRCULAR", (1, 1, 1)),
+    "REFLECT": ("REFLECT", (1, 1, 1)),
+    "int": (3, (1, 1, 1)),
+    "pairs": (((2, 1), (0, 3), (1, 1)), (1, 1, 1)),
+    "negative": (((-1, 0), (1, -2), (-1, 1)), (1, 1, 1)),
+    "dilated": (((2, 1), (0, 3), (1, 0)), (2, 3, 2)),
+    "dilated-negative": (((-1, 2), (1, -3), (0, -1)), (3, 1, 2)),
+}
+
+
+def border(name: str, rank: int) -> dict[str, Any]:
+    """Returns a row of ``BORDERS`` as options of a convolution of the given rank."""
+    padding, input_dilation = BORDERS[name]
+    if not isinstance(padding, str | int):
+        padding = padding[:rank]
+    return {"padding": padding, "input_dilation": input_dilation[:rank]}
+
 
 # What one row of a batch normalization's input is, in real models: ResNet-50's stem and
 # stages at 224 x 224, and a multilayer perceptron.

@@ -1,0 +1,166 @@
+"""The benchmarks' numbers as Markdown: in the terminal and on the page of results."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Report = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
+    """Returns an aligned table; all but the first ``left`` columns hold numbers.
+
+    Example:
+      >>> print(markdown(["name", "time"], [["a", "1.0"], ["b", "10.0"]], left=1))
+      | name | time |
+      |------|-----:|
+      | a    |  1.0 |
+      | b    | 10.0 |
+    """
+    columns = list(zip(header, *rows, strict=True))
+    width = [max(map(len, column)) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        texts = [
+            cell.ljust(size) if i < left else cell.rjust(size)
+            for i, (cell, size) in enumerate(zip(cells, width, strict=True))
+        ]
+        return f"| {' | '.join(texts)} |"
+
+    rule = [
+        "-" * (size + 2) if i < left else "-" * (size + 1) + ":"
+        for i, size in enumerate(width)
+    ]
+    return "\n".join([line(header), f"|{'|'.join(rule)}|", *map(line, rows)])
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Returns a number as text, and a dash for none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def gigabytes(value: float | None) -> str:
+    """Returns bytes in GB, of 10^9."""
+    return number(None if value is None else value / 1e9)
+
+
+def variants(rows: Rows, *but: str) -> list[str]:
+    """Returns the variants in order, but for some."""
+    return [
+        name
+        for name in dict.fromkeys(row["variant"] for row in rows)
+        if name not in but
+    ]
+
+
+def layer_table(report: Report) -> str:
+    """Returns times relative to flax's: a row a layer, a column a variant."""
+    rows = report["results"]
+    names = variants(rows, "flax")
+    lines = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
+        cells = by_variant(row for row in rows if tuple(row["shape"]) == shape)
+        ratios = [number(cells[n]["ratio"]) if n in cells else "-" for n in names]
+        flax = number(cells["flax"]["milliseconds"], 1)
+        lines.append(["x".join(map(str, shape)), flax, *ratios])
+    return markdown(["input", "flax, ms", *names], lines, left=1)
+
+
+def block_table(report: Report) -> str:
+    """Returns times of blocks, and each norm's own cost relative to flax's."""
+    rows = report["results"]
+    ours = variants(rows, "flax", "conv")
+    lines = []
+    for name in dict.fromkeys(row["layer"] for row in rows):
+        cells = by_variant(row for row in rows if row["layer"] == name)
+        lines.append(
+            [
+                "x".join(map(str, cells["flax"]["shape"])),
+                number(cells["conv"]["milliseconds"]),
+                number(cells["flax"]["own_milliseconds"]),
+                *(number(cells[label]["own_ratio"]) for label in ours),
+                *(number(cells[label]["ratio"]) for label in ours),
+            ]
+        )
+    header = [
+        "output",
+        "convolution, ms",
+        "flax's norm, ms",
+        *(f"{label}: norm" for label in ours),
+        *(f"{label}: block" for label in ours),
+    ]
+    return markdown(header, lines, left=1)
+
+
+def train_step_table(report: Report) -> str:
+    """Returns speed and memory of training steps: a row a model, batch and variant."""
+    lines = []
+    models = list(dict.fromkeys(row["model"] for row in report["results"]))
+    for row in sorted(
+        report["results"],
+        key=lambda row: (models.index(row["model"]), row["batch_size"]),
+    ):
+        ratio, speed = row["ratio"], row["images_per_second"]
+        lines.append(
+            [
+                row["model"],
+                str(row["batch_size"]),
+                row["variant"],
+                row["error"] or number(speed, 0 if speed >= 100 else 1),
+                number(ratio and 1 / ratio),
+                gigabytes(row["memory_bytes"]),
+                gigabytes(row["peak_bytes"]),
+                number(row["compile_seconds"], 0),
+            ]
+        )
+    header = ["model", "batch", "variant", "images/s", "/ flax BN"]
+    header += ["compiled, GB", "in use, GB", "compile, s"]
+    return markdown(header, lines, left=3)
+
+
+def traffic_table(report: Report) -> str:
+    """Returns bytes moved by compiled steps: a table a target, model and batch size."""
+    cases: dict[str, Rows] = {}
+    for row in report["results"]:
+        case = f"{row['model']} on {row['target']}, batch {row['batch_size']}"
+        cases.setdefault(case, []).append(row)
+    header = ["variant", "traffic, GB", "/ BN", "outside convolutions", "XLA's / BN"]
+    header += ["memory, GB", "/ BN", "kernels", "compiling / BN"]
+    parts = []
+    for case, rows in cases.items():
+        flax = by_variant(rows).get("flax BN", {})
+        lines = [
+            [
+                row["variant"],
+                row["error"] or gigabytes(row["traffic_bytes"]),
+                relative(row, flax, "traffic_bytes"),
+                gigabytes(row["outside_bytes"]),
+                relative(row, flax, "bytes_accessed"),
+                gigabytes(row["temp_bytes"]),
+                relative(row, flax, "temp_bytes"),
+                number(row["kernels"], 0),
+                relative(row, flax, "compile_seconds"),
+            ]
+            for row in rows
+        ]
+        parts += [f"{case}:", markdown(header, lines, left=1)]
+    return "\n\n".join(parts)
+
+
+def relative(row: dict[str, Any], other: dict[str, Any], name: str) -> str:
+    """Returns how much of another row's value a row has."""
+    value, reference = row[name], other.get(name)
+    return number(value / reference if value and reference else None)
+
+
+def by_variant(rows: Any) -> dict[str, dict[str, Any]]:
+    """Returns rows by their variants."""
+    return {row["variant"]: row for row in rows}
+
+
+TABLES: dict[str, Callable[[Report], str]] = {
+    "layer": layer_table,
+    "block": block_table,
+    "train_step": train_step_table,
+    "traffic": traffic_table,
+}
