@@ -1,10 +1,30 @@
 """The benchmarks' numbers as Markdown: in the terminal and on the page of results."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
+
+
+class Column(NamedTuple):
+    """A figure in a table: its name there and in a result, and how it is written."""
+
+    label: str
+    key: str
+    unit: float = 1.0
+    digits: int = 0
+
+
+_TRAFFIC = (
+    Column("traffic, GB", "traffic_bytes", 1e9, 1),
+    Column("outside conv.", "outside_bytes", 1e9, 1),
+    Column("XLA's, GB", "bytes_accessed", 1e9, 1),
+    Column("memory, GB", "temp_bytes", 1e9, 2),
+    Column("kernels", "kernels"),
+    Column("compile, CPU s", "compile_seconds"),
+)
+_REFERENCES = {"BN": "flax BN", "none": "no norm"}  # by what the columns call them
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -118,39 +138,42 @@ def train_step_table(report: Report) -> str:
     return markdown(header, lines, left=3)
 
 
-def traffic_table(report: Report) -> str:
-    """Returns bytes moved by compiled steps: a table a target, model and batch size."""
+def traffic_table(report: Report, *references: str) -> str:
+    """Returns bytes moved by compiled steps: a table a target, model and batch size.
+
+    Args:
+      report: what traffic.py writes.
+      *references: columns with ratios: ``"BN"`` or ``"none"``, or both; the former only
+        by default.
+    """
     cases: dict[str, Rows] = {}
     for row in report["results"]:
         case = f"{row['model']} on {row['target']}, batch {row['batch_size']}"
         cases.setdefault(case, []).append(row)
-    header = ["variant", "traffic, GB", "/ BN", "outside convolutions", "XLA's / BN"]
-    header += ["memory, GB", "/ BN", "kernels", "compiling / BN"]
     parts = []
     for case, rows in cases.items():
-        flax = by_variant(rows).get("flax BN", {})
-        lines = [
-            [
-                row["variant"],
-                row["error"] or gigabytes(row["traffic_bytes"]),
-                relative(row, flax, "traffic_bytes"),
-                gigabytes(row["outside_bytes"]),
-                relative(row, flax, "bytes_accessed"),
-                gigabytes(row["temp_bytes"]),
-                relative(row, flax, "temp_bytes"),
-                number(row["kernels"], 0),
-                relative(row, flax, "compile_seconds"),
-            ]
-            for row in rows
-        ]
-        parts += [f"{case}:", markdown(header, lines, left=1)]
+        given = by_variant(rows)
+        bases = {
+            name: given.get(_REFERENCES[name], {}) for name in references or ["BN"]
+        }
+        columns = [c for c in _TRAFFIC if any(row[c.key] is not None for row in rows)]
+        header = ["variant"]
+        for column in columns:
+            header += [column.label, *(f"/ {name}" for name in bases)]
+        lines = []
+        for row in rows:
+            line = [row["variant"]]
+            for column in columns:
+                value = row[column.key]
+                line.append(number(value and value / column.unit, column.digits))
+                for base in bases.values():
+                    reference = base.get(column.key)
+                    ratio = value / reference if value and reference else None
+                    line.append(number(ratio))
+            lines.append(line)
+        errors = [f"{row['variant']}: {row['error']}" for row in rows if row["error"]]
+        parts += [f"{case}:", markdown(header, lines, left=1), *errors]
     return "\n\n".join(parts)
-
-
-def relative(row: dict[str, Any], other: dict[str, Any], name: str) -> str:
-    """Returns how much of another row's value a row has."""
-    value, reference = row[name], other.get(name)
-    return number(value / reference if value and reference else None)
 
 
 def by_variant(rows: Any) -> dict[str, dict[str, Any]]:

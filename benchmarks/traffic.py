@@ -31,9 +31,10 @@ from rich.progress import (
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import tables
 import targets
 import timing
-import traffic_tables
+from explain import explain
 from kernels import Kernel, kernels
 from models import IMAGE_SHAPES
 from step import VARIANTS, training_step
@@ -100,12 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report["results"] = [dataclasses.asdict(each) for each in results]
                 timing.write(args.json, report)
                 bar.advance(task)
-        print(f"\n{target}, {model}, batch {batch_size}, {args.dtype}\n")
-        print(traffic_tables.table(report["results"][-len(args.variant) :]))
+        case = {"results": report["results"][-len(args.variant) :]}
+        print(f"\n{tables.traffic_table(case, 'BN', 'none')}")
         if args.explain:
             for variant, found in largest.items():
                 print(f"\n{target}, {model}, {variant}\n")
-                print(traffic_tables.explain(found, args.explain))
+                print(explain(found, args.explain))
     return 0
 
 

@@ -38,7 +38,7 @@ class NormOptions(TypedDict, total=False):
       running: see :func:`batch_statistics`.
       epsilon: added to the variance; 1e-5 by default.
       dtype: dtype of the computation and its result; by default that of the arguments
-        promoted. Statistics, the fold and the sum are in float32 or wider.
+        promoted. Statistics and the fold are in float32 or wider.
     """
 
     statistics: Statistics | None

@@ -98,7 +98,8 @@ def batch_statistics(
         all-reduce.
       axis_index_groups: groups of devices along ``axis_name`` that pool separately.
       use_fast_variance: measure a whole batch in one pass, as
-        :math:`E|x|^2 - |E x|^2`. A sample is always measured in two.
+        :math:`E|x|^2 - |E x|^2`. A sample is always measured about one
+        of its values, which is as exact as two passes.
       running: statistics returned for a feature of which nothing was measured, because
         the mask is False at every sampled position; by default mean 0, variance 1.
         Between devices they serve as origin, which keeps precision.

@@ -8,7 +8,7 @@ import pytest
 
 import step
 import traffic
-import traffic_tables
+from explain import explain
 from kernels import Kernel
 
 
@@ -49,9 +49,9 @@ def test_it_writes_figures_and_prints_ratios(small, tmp_path, capsys) -> None:
     assert none["compile_seconds"] > 0
 
     printed = capsys.readouterr().out
-    assert "h200, resnet50, batch 256, float32" in printed
+    assert "resnet50 on h200, batch 256:" in printed
     (row,) = [line for line in printed.splitlines() if line.startswith("| no norm")]
-    assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.00", "0.67", "1.00"]
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.0", "0.67", "1.00"]
     assert printed.count("written, MB") == 2
 
     before = path.read_text()
@@ -118,7 +118,7 @@ def test_explain_counts_alike_kernels_together() -> None:
         Kernel("reduce.2", "fusion", 4_000_000, 0, "jit(step)/Block_12/sum"),
         Kernel("conv.7", "convolution", 5_000_000, 1_000_000, "jit(step)/conv", 2),
     ]
-    lines = traffic_tables.explain(found, 2).splitlines()
+    lines = explain(found, 2).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert ["conv.7", "convolution", "conv", "10.0", "2.0"] in cells
     assert ["reduce.2", "fusion", "Block_12/sum", "4.0", "0.0"] in cells

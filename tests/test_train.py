@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import comparison
 import flax_sbn as sbn
 import methods
-import comparison
 import train
+from comparison import Report, Run
 from data import load_digits
 from networks import NETWORKS, Settings
-from comparison import Report, Run
 from training import Trainer, to_device
 
 SMALL = ["--model", "mlp", "--width", "16", "--epochs", "2", "--seeds", "1"]

@@ -12,8 +12,21 @@ from flax_sbn.statistics import Statistics
 
 
 def has_bias(layer: nn.Module, name: str) -> bool:
-    """Whether the submodule has a bias: the norm was folded into it for good."""
-    return "bias" in layer.variables.get("params", {}).get(name, {})
+    """Whether the submodule has a bias: its norm was folded into it for good.
+
+    Raises:
+      ValueError: if there is a norm as well.
+    """
+    variables = layer.variables
+    if "bias" not in variables.get("params", {}).get(name, {}):
+        return False
+    if any("norm" in variables.get(of, {}) for of in ("params", "batch_stats")):
+        raise ValueError(
+            f"Expected a norm and {name} without a bias, or variables of "
+            f"fold_variables, got {name}/bias and norm. Subtract the bias from "
+            "norm/mean and leave it out."
+        )
+    return True
 
 
 def linear_norm(

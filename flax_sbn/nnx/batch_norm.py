@@ -33,8 +33,8 @@ class BatchNorm(nnx.BatchNorm):
     parameters and statistics always have flax's names: checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
-    statistics and leaves them as they are. Samples are measured in float32 or wider and
-    in two passes, whatever ``use_fast_variance`` says.
+    statistics and leaves them as they are. Samples are measured in float32 or wider, as
+    exactly as in two passes, whatever ``use_fast_variance`` says.
 
     Args:
       num_features: number of features ``C``.
