@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import flax_sbn as sbn
 import tables
 import timing
+from measuring import describe_device, interleaved, median_ratio
 from models.units import LinenUnits
 from step import VARIANTS
 from tests.cases import LAYER_SHAPES
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "benchmark": kind,
         "what": f"forward and gradient of one {args.what}, time against flax's",
-        **timing.describe(),
+        **describe_device(),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "results": [],
@@ -151,7 +152,7 @@ def measure(
         begin = time.perf_counter()
         steps[label] = compiled_step(layer, input_shape, shape, dtype)
         compiling[label] = time.perf_counter() - begin
-    seconds = timing.interleaved(steps, rounds)
+    seconds = interleaved(steps, rounds)
     own: dict[str, float] = {}
     if what == "block":
         own = {label: added(times, seconds["conv"]) for label, times in seconds.items()}
@@ -161,7 +162,7 @@ def measure(
             shape=shape,
             variant=label,
             milliseconds=1e3 * statistics.median(times),
-            ratio=timing.median_ratio(times, seconds["flax"]),
+            ratio=median_ratio(times, seconds["flax"]),
             compile_ratio=compiling[label] / compiling["flax"],
             own_milliseconds=1e3 * own[label] if own else None,
             own_ratio=own[label] / own["flax"] if own and own["flax"] > 0 else None,

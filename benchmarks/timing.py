@@ -1,71 +1,18 @@
-"""Timing by turns, and what a reader of the figures has to know about them.
-
-What runs in turns is hit alike by whatever else the machine does: a ratio of times of
-the same round is worth more than the times themselves.
-"""
+"""What the benchmarks' command lines have in common: options, a time limit, files."""
 
 import argparse
 import datetime
 import json
 import math
 import os
-import platform
-import random
-import re
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 
-import flax_sbn as sbn
-
 RESULTS = Path(__file__).parent / "results"
-
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
-
-
-def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int, min_seconds: float = 0.01
-) -> dict[str, list[float]]:
-    """Runs the steps in turns and returns the seconds of each round.
-
-    A step returns something that ``jax.block_until_ready`` can wait for. One that takes
-    less than ``min_seconds`` is repeated in each round.
-    """
-    repeats = {}
-    for name, step in steps.items():
-        jax.block_until_ready(step())
-        begin = time.perf_counter()
-        jax.block_until_ready(step())
-        repeats[name] = 1 + int(min_seconds / (time.perf_counter() - begin))
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order = list(steps)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            begin = time.perf_counter()
-            for _ in range(repeats[name]):
-                result = steps[name]()
-            jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - begin) / repeats[name])
-    return seconds
-
-
-def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
-    """Returns the median of the ratios of the same round.
-
-    Example:
-      >>> median_ratio([1.0, 6.0, 3.0], [2.0, 3.0, 3.0])
-      1.0
-    """
-    return statistics.median(
-        mine / other for mine, other in zip(times, reference, strict=True)
-    )
 
 
 class Deadline:
@@ -130,34 +77,6 @@ def write(path: Path, report: dict[str, Any]) -> None:
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     os.replace(temporary, path)
-
-
-def describe() -> dict[str, Any]:
-    """Returns device, versions and date."""
-    device = jax.devices()[0]
-    versions = {"flax_sbn": sbn.__version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    versions["python"] = platform.python_version()
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "runtime": device.client.platform_version.split("\n")[-1],
-        "machine": f"{os.cpu_count()} cores, {_processor()}",
-        "versions": versions,
-        "date": datetime.datetime.now().isoformat(timespec="minutes"),
-    }
-
-
-def _processor() -> str:
-    try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
 
 
 def say(message: str) -> None:

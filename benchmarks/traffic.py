@@ -36,6 +36,7 @@ import targets
 import timing
 from explain import explain
 from kernels import Kernel, kernels
+from measuring import describe_device
 from models import IMAGE_SHAPES
 from step import VARIANTS, training_step
 from targets import TARGETS, MissingCompilerError
@@ -201,7 +202,7 @@ def _cpu_seconds() -> float:
 
 def describe() -> dict[str, Any]:
     """Returns versions, the machine that compiles, and the date."""
-    description = timing.describe()
+    description = describe_device()
     for key in ("device", "platform", "runtime"):
         del description[key]
     description["versions"] |= {

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import tables
 import timing
+from measuring import describe_device, interleaved, median_ratio
 from models import IMAGE_SHAPES
 from step import VARIANTS, State, training_step
 
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "benchmark": "train_step",
         "what": "one SGD-momentum training step, time against flax's BatchNorm",
-        **timing.describe(),
+        **describe_device(),
         "dtype": args.dtype,
         "rounds": args.rounds,
         "jobs": args.jobs,
@@ -235,13 +236,13 @@ def measure(
     steps = {name: step for name, step in steps.items() if not rows[name].error}
     timing.say(f"{model}, batch {batch_size}: timing {', '.join(steps)}")
     with noting(*(rows[name] for name in steps)):
-        seconds = timing.interleaved(steps, args.rounds, _MIN_SECONDS)
+        seconds = interleaved(steps, args.rounds, _MIN_SECONDS)
         for name, times in seconds.items():
             middle = statistics.median(times)
             rows[name].milliseconds = 1e3 * middle
             rows[name].images_per_second = batch_size / middle
             if REFERENCE in seconds:
-                rows[name].ratio = timing.median_ratio(times, seconds[REFERENCE])
+                rows[name].ratio = median_ratio(times, seconds[REFERENCE])
     return list(rows.values())
 
 

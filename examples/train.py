@@ -7,16 +7,14 @@ Results go to a new folder under runs/: curves.png, results.json, results.csv.
 
 import argparse
 import dataclasses
-import datetime
+import functools
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 from rich.console import Console
 from rich.progress import (
@@ -28,10 +26,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-import flax_sbn
 import methods
 from comparison import Report, Run, new_folder
 from data import DataError, Dataset, load_cifar10, load_digits
+from measuring import describe_device, interleaved, median_ratio
 from models import LINEN
 from networks import DTYPES, NETWORKS, Settings
 from training import Trainer, to_device
@@ -214,14 +212,7 @@ def describe(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
         },
         "train_images": len(dataset.train_images),
         "test_images": len(dataset.test_images),
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
-        "versions": {
-            "flax_sbn": flax_sbn.__version__,
-            "jax": jax.__version__,
-            "flax": flax.__version__,
-            "python": sys.version.split()[0],
-        },
-        "date": datetime.date.today().isoformat(),
+        **describe_device(),
     }
 
 
@@ -290,20 +281,18 @@ def time_steps(trainers: list[Trainer]) -> dict[str, float]:
     Steps are interleaved, so that whatever else the machine does hits all methods
     alike, and the ratio is the median over the rounds.
     """
-    states = [trainer.init(seed=0) for trainer in trainers]
-    seconds: list[list[float]] = [[] for _ in trainers]
-    for _ in range(_TIMING_ROUNDS):
-        for i, trainer in enumerate(trainers):
-            begin = time.perf_counter()
-            state = trainer.step(states[i], trainer.data.images, trainer.data.labels)
-            states[i] = jax.block_until_ready(state)
-            seconds[i].append(time.perf_counter() - begin)
-    return {
-        trainer.method.name: statistics.median(
-            mine / first for mine, first in zip(times, seconds[0], strict=True)
-        )
-        for trainer, times in zip(trainers, seconds, strict=True)
-    }
+    states = {trainer: trainer.init(seed=0) for trainer in trainers}
+
+    def step(trainer: Trainer) -> Any:
+        data = trainer.data
+        states[trainer] = trainer.step(states[trainer], data.images, data.labels)
+        return states[trainer]
+
+    seconds = interleaved(
+        {t.method.name: functools.partial(step, t) for t in trainers}, _TIMING_ROUNDS
+    )
+    first = seconds[trainers[0].method.name]
+    return {name: median_ratio(times, first) for name, times in seconds.items()}
 
 
 if __name__ == "__main__":
