@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -65,3 +66,31 @@ def test_figures_are_those_of_the_committed_results() -> None:
         if result["variant"] not in ("flax", "all")
     ]
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of" in README
+
+
+def test_traffic_is_that_of_the_committed_results() -> None:
+    def rows(target: str) -> dict[str, dict[str, float]]:
+        path = ROOT / "benchmarks" / "results" / f"traffic-{target}-resnet50.json"
+        results = json.loads(path.read_text())["results"]
+        return {row["variant"]: row for row in results}
+
+    def cells(variant: str) -> Iterator[str]:
+        for target in ("h200", "v5e"):
+            given = rows(target)
+            row, bn = given[variant], given["flax BN"]
+            for key in ("traffic_bytes", "temp_bytes"):
+                ratio = f" ({row[key] / bn[key]:.2f} x)" if row is not bn else ""
+                yield f"{row[key] / 1e9:.1f} GB{ratio}"
+
+    for variant in ("flax BN", "FS 1/64 folded", "no norm"):
+        assert f"| {variant} | {' | '.join(cells(variant))} |" in README
+    bn, folded, none = (
+        rows("h200")[name] for name in ("flax BN", "FS 1/64 folded", "no norm")
+    )
+    for row, key, text in (
+        (folded, "traffic_bytes", "**{:.2f} x the bytes**"),
+        (folded, "temp_bytes", "**{:.2f} x the temporary memory**"),
+        (none, "traffic_bytes", "would move {:.2f} x"),
+        (folded, "compile_seconds", "takes {:.1f} times as long"),
+    ):
+        assert text.format(row[key] / bn[key]) in " ".join(README.split())
