@@ -103,10 +103,8 @@ def newest(reports: Sequence[Report]) -> list[Report]:
 
 def section(kind: str, reports: Sequence[Report]) -> str:
     """Returns what stands between the markers of a kind of benchmark."""
-    chosen = [report for report in reports if report["benchmark"] == kind]
-    chosen.sort(
-        key=lambda report: report.get("platform") == "cpu"
-    )  # the least wanted last
+    chosen = [report for report in reversed(reports) if report["benchmark"] == kind]
+    chosen.sort(key=lambda report: report.get("platform") == "cpu")  # those come last
     parts = []
     for report in chosen:
         parts += [caption(report), *images(report), tables.TABLES[kind](report)]
