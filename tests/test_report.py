@@ -76,9 +76,9 @@ def test_the_page_shows_the_newest_results_between_its_markers(folder) -> None:
     assert f"{caption} jax 0.10.2." in page
     rows = [line.replace(" ", "") for line in page.splitlines() if "resnet" in line]
     assert rows == [
+        "|resnet18|256|flaxBN|outofmemory|-|2.50|-|61|",
         "|resnet50|256|flaxBN|1,000|1.00|2.50|-|61|",
         "|resnet50|256|FS1/64folded|2,000|2.00|2.50|-|61|",
-        "|resnet18|256|flaxBN|outofmemory|-|2.50|-|61|",
     ]
 
 
