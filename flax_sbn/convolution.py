@@ -160,6 +160,18 @@ def make_convolution(
     return x, convolution
 
 
+def masked_kernel(kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Returns the kernel's entries that a mask leaves, as flax's convolutions do."""
+    if mask is None:
+        return kernel
+    if mask.shape != kernel.shape:
+        raise ValueError(
+            "Mask needs to have the same shape as weights. "
+            f"Shapes are: {mask.shape}, {kernel.shape}"
+        )
+    return kernel * mask
+
+
 def _per_axis(name: str, value: Extents, rank: int) -> tuple[int, ...]:
     if value is None:
         value = 1

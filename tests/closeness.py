@@ -1,5 +1,6 @@
 """The one tolerance of all tests: rounding, growing with the number of values."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -27,3 +28,21 @@ def assert_close(actual, expected, dtype="float32", num=1, c=4.0):
     magnitude = max(1.0, np.abs(expected).max(initial=0.0))
     atol = c * eps(dtype) * num**0.5 * magnitude
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
+
+
+def assert_same_to_rounding(actual, expected, rtol=1e-12):
+    """Asserts that each array of a tree is another's, relative to its largest value."""
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(expected),
+        jax.tree.leaves(actual),
+        strict=True,
+    )
+    for (path, e), a in pairs:
+        assert a.dtype == e.dtype
+        np.testing.assert_allclose(
+            a,
+            e,
+            rtol=0,
+            atol=rtol * np.abs(e).max(initial=0.0),
+            err_msg=jax.tree_util.keystr(path),
+        )

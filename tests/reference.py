@@ -83,3 +83,46 @@ def shares(wheres: Sequence[Array], weights: Sequence[float]) -> Array:
         where * w / np.maximum(n, 1)
         for where, w, n in zip(wheres, weights, nums, strict=True)
     ) / np.where(total > 0, total, 1)
+
+
+def taps(
+    size: int,
+    window: int,
+    stride: int,
+    pads: tuple[int, int],
+    input_dilation: int,
+    kernel_dilation: int,
+) -> Array:
+    """What one axis of a convolution reads: 1 at ``[output, entry of kernel, input]``.
+
+    Zeros of the padding and the dilation are read nowhere.
+    """
+    full = (size - 1) * input_dilation + 1
+    reach = (window - 1) * kernel_dilation + 1
+    starts = stride * np.arange((full + sum(pads) - reach) // stride + 1) - pads[0]
+    places = starts[:, None] + kernel_dilation * np.arange(window)
+    return np.float64(places[..., None] == input_dilation * np.arange(size))
+
+
+def contract(wanted: str, taps: Sequence[Array], **given: Array) -> Array:
+    """A convolution's output ``y``, or its gradient by ``x`` or ``kernel``.
+
+    Args:
+      wanted: which of the three.
+      taps: those of each spatial axis.
+      **given: the two others, features last; ``kernel`` is that of a single group.
+    """
+    rank = len(taps)
+    above, window, below = (list(range(i * rank, (i + 1) * rank)) for i in range(3))
+    rows, inputs, outputs = range(3 * rank, 3 * rank + 3)
+    axes = {
+        "x": [rows, *below, inputs],
+        "kernel": [*window, inputs, outputs],
+        "y": [rows, *above, outputs],
+    }
+    operands: list = []
+    for tap, *axes_of_tap in zip(taps, above, window, below, strict=True):
+        operands += [tap, axes_of_tap]
+    for name, array in given.items():
+        operands += [wide(array), axes[name]]
+    return np.einsum(*operands, axes[wanted], optimize=True)

@@ -1,20 +1,19 @@
 """Statistics over several devices: pooled values, and the communication they cost."""
 
-import re
-
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from flax_sbn.sampling import sampled_parts
 from tests import cases, reference, samples
 from tests.closeness import assert_close
+from tests.devices import collectives, mesh
 from tests.samples import KEY
 
 SAMPLERS = {"all": None, **cases.SAMPLERS}
@@ -22,10 +21,6 @@ DEVICES = 8
 SHARDED, REPLICATED = P("data"), P()
 SHARD = cases.SHAPES[4]
 SHAPE = (DEVICES * SHARD[0], *SHARD[1:])
-
-
-def mesh():
-    return Mesh(np.asarray(jax.devices()), ("data",))
 
 
 def vmapped(function, *args):
@@ -186,14 +181,6 @@ def test_pooled_statistics_of_mean_1000_and_deviation_1_are_precise(name):
     mean, var = pooled(np.float64(x), cases.SAMPLERS[name])
     assert_close(actual.mean, mean)
     assert_close(actual.var, var, c=1000)
-
-
-def collectives(function, *args):
-    """The collective operations of a compiled program, and what they send."""
-    text = jax.jit(function).lower(*args).compile().as_text()
-    kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    found = re.findall(rf"= ([^=]*?) ({kinds})(?:-start)?\(", text)
-    return [(kind, *re.findall(r"\w+\[[\d,]*\]", types)) for types, kind in found]
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -110,6 +110,55 @@ def test_gradients_go_to_the_positions_taken(name):
     )
 
 
+@pytest.mark.parametrize("name", [name for name in WINDOWS if "in-rows" not in name])
+def test_a_fork_gives_the_array_and_the_blocks_and_adds_their_gradients(name):
+    extent, part = part_of(name)
+    (windows,) = part.windows
+    x = jnp.arange(2.0 * math.prod(extent)).reshape(*extent, 2)
+
+    def separate(x):
+        return x, part.take(x, range(len(extent)))
+
+    actual, pullback = jax.vjp(jax.jit(windows.fork), x)
+    expected, separate_pullback = jax.vjp(separate, x)
+    chex.assert_trees_all_equal(actual, expected)
+    chex.assert_trees_all_equal(pullback(actual), separate_pullback(expected))
+
+
+OUTSIDE = {
+    "low": (2, (0, array(-2, 0), array(-1, 2))),
+    "high": (2, (0, array(4, 2), array(1, 3))),
+    "both": (3, (0, array(-1, 5, 0), array(3, -1, 7))),
+    "rows": (3, (array(1, -1, 0), 0, array(0, -1, 2))),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_windows_that_stick_out_read_zeros(name):
+    runs, starts = OUTSIDE[name]
+    windows = Windows(runs, starts, (2, 5, 2) if name == "rows" else (2, 3, 2))
+    x = np.arange(6 * 5 * 4 * 2.0, dtype=np.float32).reshape(6, 5, 4, 2)
+    # The same among zeros, which stay in each run of rows.
+    padded = np.pad(x.reshape(runs, -1, 5, 4, 2), [(0, 0), *[(9, 9)] * 3, (0, 0)])
+    inside = Windows(runs, tuple(start + 9 for start in starts), windows.sizes)
+    expected = samples.take(inside, padded.reshape(-1, *padded.shape[2:]))
+    take = jax.jit(lambda x: windows.take(x, (0, 1, 2)))
+    chex.assert_trees_all_equal(np.asarray(take(x)), expected)
+    chex.assert_trees_all_equal(np.asarray(jax.jit(windows.fork)(x)[1]), expected)
+    features_first = jax.jit(lambda x: windows.take(x, (1, 2, 3)))
+    chex.assert_trees_all_equal(
+        np.asarray(features_first(np.moveaxis(x, -1, 0))), np.moveaxis(expected, -1, 0)
+    )
+
+
+def test_a_forked_block_at_one_place_may_stick_out():
+    x = jnp.arange(12.0).reshape(4, 3)
+    for start in (-1, jnp.int32(-1)):
+        whole, block = Windows(1, (2, start), (2, 3)).fork(x)
+        chex.assert_trees_all_equal(whole, x)
+        chex.assert_trees_all_equal(block, jnp.array([[0.0, 6, 7], [0, 9, 10]]))
+
+
 @pytest.mark.parametrize("mapped", ["x", "starts", "both"])
 def test_windows_may_be_mapped(mapped):
     x = jnp.arange(2 * 6 * 5.0).reshape(2, 6, 5)

@@ -67,6 +67,8 @@ def fold_variables(
     for path, layer in layers.items():
         name = "conv" if isinstance(layer, ConvNorm) else "dense"
         params, norm = ("params", *path), (*path, "norm")
+        if ("batch_stats", *norm, "mean") not in flat:
+            continue  # it is folded already
         kernel, bias = fold(
             flat[*params, name, "kernel"],
             Statistics(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import add_and_activate
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
@@ -87,8 +88,7 @@ def linear_norm(
     kernel = linear.scope.param(
         "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
     )
-    if isinstance(linear, nn.Conv) and linear.mask is not None:
-        kernel *= linear.mask
+    kernel = masked_kernel(kernel, getattr(linear, "mask", None))
 
     def folded(scale: Any, bias: Any, **options: Any) -> tuple[jax.Array, Statistics]:
         return fold(

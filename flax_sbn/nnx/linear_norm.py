@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import Activation, add_and_activate
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
@@ -23,6 +24,12 @@ _NORM_OPTIONS = set(inspect.signature(nnx.BatchNorm.__init__).parameters) - {
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the options of the linear layer and those of the norm."""
+    for name in ("axis", "promote_dtype"):
+        if name in options:
+            raise TypeError(
+                f"Expected options of a layer that folds, got {name}. Features are "
+                "last, and the fold decides where it rounds; take Conv and BatchNorm."
+            )
     norm = {name: options[name] for name in options if name in _NORM_OPTIONS}
     shared = ("dtype", "param_dtype")
     linear = {
@@ -63,8 +70,7 @@ def linear_norm(
         return add_and_activate(y, residual, activation)
 
     kernel = linear.kernel[...]
-    if isinstance(linear, nnx.Conv) and linear.mask is not None:
-        kernel *= linear.mask
+    kernel = masked_kernel(kernel, getattr(linear, "mask", None))
 
     def folded(**options: Any) -> tuple[jax.Array, Statistics]:
         return fold(

@@ -1,0 +1,166 @@
+"""Folded convolutions against NumPy, and samples at every place, borders included."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import flax_sbn as sbn
+from flax_sbn.windows import Part, Windows
+from tests import cases, reference, samples, unfolded
+from tests.closeness import assert_same_to_rounding
+from tests.samples import KEY
+
+INPUTS, OUTPUTS = 4, 8
+
+# Sampler, extent, kernel, strides, padding, input and kernel dilation, groups.
+REFERENCE = [
+    ("NS", (9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 1),
+    ("BS", (9, 8), (3, 3), (2, 2), ((0, 1), (1, 1)), (1, 1), (1, 1), 2),
+    ("BS-strata", (11,), (5,), (2,), ((3, -1),), (1,), (2,), 4),
+    ("FS", (9, 12), (3, 2), (2, 1), ((2, 1), (0, 3)), (1, 1), (2, 1), 1),
+    (
+        "FS",
+        (5, 6, 4),
+        (3, 1, 2),
+        (1, 2, 1),
+        ((1, 1), (-1, 0), (0, 1)),
+        *[(1, 1, 2)] * 2,
+        4,
+    ),
+    ("FS-one-patch", (9, 7), (3, 3), (2, 3), ((2, 1), (3, 2)), (2, 3), (1, 2), 2),
+    ("VDN", (9, 8), (1, 1), (2, 2), ((0, 0), (0, 0)), (1, 1), (1, 1), 1),
+    ("VDN-strata", (12,), (3,), (1,), ((2, 0),), (1,), (1,), 1),
+    ("FS+VDN", (9, 8), (3, 3), (1, 1), ((-1, 2), (2, -2)), (1, 2), (2, 1), 1),
+    ("BS+VDN", (9, 8), (4, 2), (3, 2), ((1, 2), (0, 1)), (1, 1), (1, 1), 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "extent", "window", "strides", "padding", "lhs", "rhs", "groups"),
+    REFERENCE,
+)
+def test_folded_convolutions_follow_the_equations(
+    name, extent, window, strides, padding, lhs, rhs, groups, x64
+):
+    sampler = cases.SAMPLERS[name]
+    taps = [
+        reference.taps(*axis)
+        for axis in zip(extent, window, strides, padding, lhs, rhs, strict=True)
+    ]
+    shape = (8, *(len(tap) for tap in taps), OUTPUTS)
+    x = cases.inputs((8, *extent, INPUTS), "float64")
+    kernel = cases.inputs((*window, INPUTS // groups, OUTPUTS), "float64", seed=1)
+    scale, bias = cases.inputs((2, OUTPUTS), "float64", seed=2)
+    residual, g = cases.inputs((2, *shape), "float64", seed=3)
+
+    # A kernel for one group, zero where inputs and outputs are of different ones.
+    same = np.kron(np.eye(groups), np.ones((INPUTS // groups, OUTPUTS // groups)))
+    whole = same * np.concatenate([kernel] * groups, axis=-2)
+    z = reference.contract("y", taps, x=x, kernel=whole)
+    mean, var = samples.moments(z, sampler)
+    total = reference.normalize(z, mean, var, scale, bias) + residual
+    by_residual = np.where(total > 0, g, 0)
+    by_z, by_scale, by_bias = reference.backward(
+        z, by_residual, samples.shares(sampler, shape), scale
+    )
+    by_whole = same * reference.contract("kernel", taps, x=x, y=by_z)
+    expected = (
+        (np.maximum(total, 0), sbn.Statistics(mean, var)),
+        {
+            "x": reference.contract("x", taps, y=by_z, kernel=whole),
+            "kernel": sum(np.split(by_whole, groups, axis=-2)),
+            "scale": by_scale,
+            "bias": by_bias,
+            "residual": by_residual,
+        },
+    )
+
+    def fold(**arguments):
+        return sbn.conv_norm(
+            **arguments,
+            sampler=sampler,
+            key=KEY,
+            activation=sbn.relu,
+            strides=strides,
+            padding=padding,
+            input_dilation=lhs,
+            kernel_dilation=rhs,
+            feature_group_count=groups,
+        )
+
+    arguments = {"x": x, "kernel": kernel, "scale": scale, "bias": bias}
+    cotangents = (g, sbn.Statistics(np.zeros(OUTPUTS), np.zeros(OUTPUTS)))
+    actual = unfolded.quick_jit(
+        lambda given: unfolded.value_and_gradients(fold, given, cotangents)
+    )({**arguments, "residual": residual})
+    assert_same_to_rounding(actual, expected)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Patch:
+    """A patch at a given place, or one for each run of rows."""
+
+    starts: Any
+    sizes: tuple[int, ...]
+    runs: int = 1
+
+    needs_key: ClassVar[bool] = False
+
+    def parts(self, shape, key):
+        sizes = (shape[0] // self.runs, *self.sizes)
+        return (Part(1.0, (Windows(self.runs, (0, *self.starts), sizes),)),)
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases.pairwise(
+        border=list(cases.BORDERS),
+        strides=[(1, 1), (2, 3)],
+        kernel_dilation=[(1, 1), (2, 1)],
+        sizes=[(2, 2), (1, 3), (2, 99), (99, 1)],
+    ),
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_a_patch_may_be_anywhere(case, x64):
+    options = {
+        "strides": case["strides"],
+        "kernel_dilation": case["kernel_dilation"],
+        **cases.border(case["border"], 2),
+    }
+    x = cases.inputs((2, 7, 8, 3), "float64")
+    kernel = cases.inputs((3, 2, 3, 4), "float64", seed=1)
+    z = np.asarray(unfolded.conv(x, kernel, **options))
+    extent = z.shape[1:-1]
+    sizes = tuple(map(min, case["sizes"], extent))
+    counts = [n - size + 1 for n, size in zip(extent, sizes, strict=True)]
+    places = list(itertools.product(*map(range, counts)))
+
+    def measure(x, starts, runs=1):
+        sampler = Patch(starts, sizes, runs)
+        return sbn.conv_norm(x, kernel, sampler=sampler, **options)[1]
+
+    def moments(blocks):
+        blocks = np.stack(blocks).reshape(-1, blocks[0].shape[-1])
+        return sbn.Statistics(blocks.mean(0), blocks.var(0))
+
+    def block(z, place):
+        return z[:, *(slice(i, i + n) for i, n in zip(place, sizes, strict=True))]
+
+    at = unfolded.quick_jit(measure)
+    for place in places:
+        assert_same_to_rounding(at(x, place), moments([block(z, place)]))
+    assert_same_to_rounding(measure(x, places[-1]), moments([block(z, places[-1])]))
+
+    # All at once: rows of their own, which see another input each.
+    many = np.concatenate([x + i for i in range(len(places))])
+    each = np.split(unfolded.conv(many, kernel, **options), len(places))
+    starts = jnp.asarray(places, jnp.int32).T
+    assert_same_to_rounding(
+        unfolded.quick_jit(functools.partial(measure, runs=len(places)))(many, starts),
+        moments([block(z, place) for z, place in zip(each, places, strict=True)]),
+    )

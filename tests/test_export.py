@@ -1,0 +1,219 @@
+"""Folding for good: the same outputs, and no norm left in state or program."""
+
+import functools
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.export
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import flax_sbn as sbn
+from tests import cases
+from tests.closeness import assert_close
+
+KEY = jax.random.key(3)
+X = cases.inputs((8, 6, 5, 3))
+ROW = X[:1]
+SAMPLER = sbn.BatchSampling(4)
+
+
+class Block(nn.Module):
+    """Layers that fold, one without a norm, and one whose norm is its own."""
+
+    options: dict
+
+    @nn.compact
+    def __call__(self, x, train):
+        fold = functools.partial(
+            sbn.linen.ConvNorm,
+            use_running_average=not train,
+            sampler=SAMPLER,
+            **self.options,
+        )
+        x = fold(6, (3, 3), strides=2, activation=nn.relu, name="first")(x)
+        y = fold(6, (3, 1), feature_group_count=3, padding="CIRCULAR")(x)
+        x = fold(6, (1, 1), activation=jnp.tanh, use_scale=False)(y, x)
+        x = sbn.linen.DenseNorm(5, use_running_average=not train, use_bias=False)(x)
+        return nn.Dense(2)(x.mean((1, 2)))
+
+
+class Net(nn.Module):
+    """Blocks in a model."""
+
+    options: Any = None
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        return Block(self.options or {}, name="block")(x, train)
+
+
+class NnxNet(nnx.Module):
+    """The same layers in an nnx model."""
+
+    def __init__(self, rngs, **options):
+        fold = functools.partial(
+            sbn.nnx.ConvNorm, sampler=SAMPLER, rngs=rngs, **options
+        )
+        self.first = fold(3, 6, (3, 3), strides=2, activation=nnx.relu)
+        self.layers = nnx.List(
+            [
+                fold(6, 6, (3, 1), feature_group_count=3, padding="CIRCULAR"),
+                fold(6, 6, (1, 1), activation=jnp.tanh, use_scale=False),
+            ]
+        )
+        self.dense = sbn.nnx.DenseNorm(6, 5, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.first(x)
+        x = self.dense(self.layers[1](self.layers[0](x), x))
+        return self.head(x.mean((1, 2)))
+
+
+def trained(**options):
+    """A linen model after a step, its variables anything but those of ``init``."""
+    model = Net(options)
+    variables = model.init(KEY, ROW)
+    variables["params"] = jax.tree.map(
+        lambda v: v + cases.inputs(v.shape, seed=1).astype(v.dtype) / 4,
+        variables["params"],
+    )
+    _, updated = model.apply(
+        variables, X, True, mutable=["batch_stats"], rngs={"sampling": KEY}
+    )
+    return model, {**variables, **updated}
+
+
+def trained_nnx(**options):
+    """An nnx model likewise, at evaluation."""
+    model = NnxNet(nnx.Rngs(0, sampling=1), **options)
+    params = jax.tree.map(
+        lambda v: v + cases.inputs(v.shape, seed=1).astype(v.dtype) / 4,
+        nnx.state(model, nnx.Param),
+    )
+    nnx.update(model, params)
+    model(X)
+    model.eval()
+    return model
+
+
+def program(function, *args):
+    """The text of an exported program."""
+    return jax.export.export(jax.jit(function), platforms=["cpu"])(*args).mlir_module()
+
+
+def assert_no_norm_is_left(before, after):
+    for operation in ("stablehlo.rsqrt", "stablehlo.multiply"):
+        assert operation in before
+        assert operation not in after
+
+
+DTYPES = [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}]
+
+
+@pytest.mark.parametrize("options", DTYPES, ids=str)
+def test_linen_outputs_stay_and_no_norm_is_left(options):
+    model, variables = trained(**options)
+    before = jax.tree.map(jnp.array, variables)
+    exported = sbn.linen.fold_variables(model, variables, ROW)
+    chex.assert_trees_all_equal(variables, before)
+    assert exported.keys() == {"params"}
+    assert "norm" not in str(jax.tree_util.tree_leaves_with_path(exported))
+    actual, expected = (model.apply(v, X) for v in (exported, variables))
+    assert_close(actual, expected, "bfloat16" if options else "float32", num=54)
+    assert_no_norm_is_left(
+        program(model.apply, variables, ROW), program(model.apply, exported, ROW)
+    )
+
+
+@pytest.mark.parametrize("options", DTYPES, ids=str)
+def test_nnx_outputs_stay_and_no_norm_is_left(options):
+    model = trained_nnx(**options)
+    before = jax.tree.map(jnp.array, nnx.state(model, (nnx.Param, nnx.BatchStat)))
+    exported = sbn.nnx.fold_model(model)
+    chex.assert_trees_all_equal(nnx.state(model, (nnx.Param, nnx.BatchStat)), before)
+    assert not jax.tree.leaves(nnx.state(exported, nnx.Not(nnx.Param)))
+    assert_close(exported(X), model(X), "bfloat16" if options else "float32", num=54)
+    programs = []
+    for each in (model, exported):
+        graph, state = nnx.split(each)
+        programs.append(
+            program(lambda x, g=graph, s=state: nnx.merge(g, s, copy=True)(x), ROW)
+        )
+    assert_no_norm_is_left(*programs)
+
+
+def test_the_program_takes_any_number_of_rows():
+    model, variables = trained()
+    exported = sbn.linen.fold_variables(model, variables, ROW)
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, *ROW.shape[1:]), "float32")
+    call = jax.export.export(jax.jit(lambda x: model.apply(exported, x)))(x).call
+    assert_close(call(X), model.apply(variables, X), num=54)
+
+
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_plain_layers_of_these_names_give_the_same(kind):
+    class Plain(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            if kind == "conv":
+                return nn.relu(nn.Conv(4, (3, 3), strides=2, name="conv")(x))
+            return nn.relu(nn.Dense(4, name="dense")(x))
+
+    make = {
+        "conv": functools.partial(sbn.linen.ConvNorm, 4, (3, 3), strides=2),
+        "dense": functools.partial(sbn.linen.DenseNorm, 4),
+    }[kind]
+    model = make(use_running_average=True, activation=nn.relu, epsilon=0.1)
+    variables = jax.tree.map(lambda v: v + 0.5, model.init(KEY, X))
+    exported = sbn.linen.fold_variables(model, variables, X)
+    chex.assert_trees_all_equal_shapes_and_dtypes(exported, Plain().init(KEY, X))
+    assert_close(Plain().apply(exported, X), model.apply(variables, X), num=27)
+
+
+def test_a_masked_kernel_stays_masked():
+    mask = jnp.asarray(cases.inputs((3, 3, 3, 4)) > 0, jnp.float32)
+    model = sbn.linen.ConvNorm(4, (3, 3), mask=mask, use_running_average=True)
+    variables = jax.tree.map(lambda v: v + 0.5, model.init(KEY, X))
+    exported = sbn.linen.fold_variables(model, variables, X)
+    assert_close(model.apply(exported, X), model.apply(variables, X), num=27)
+
+
+def test_a_model_that_is_folded_for_good_does_not_train():
+    model, variables = trained()
+    exported = sbn.linen.fold_variables(model, variables, ROW)
+    message = r"Expected use_running_average=True, got False .* folded for good. Train"
+    with pytest.raises(ValueError, match=message):
+        model.apply(exported, X, True, mutable=["batch_stats"], rngs={"sampling": KEY})
+
+
+def test_variables_with_both_a_bias_and_a_norm_are_refused():
+    model = sbn.linen.ConvNorm(4, (3, 3), use_running_average=True)
+    variables = model.init(KEY, X)
+    variables["params"]["conv"]["bias"] = jnp.ones(4)
+    message = r"Expected a norm and conv without a bias, .* got conv/bias and norm\."
+    with pytest.raises(ValueError, match=message):
+        model.apply(variables, X)
+
+
+def test_a_model_without_folded_layers_is_named():
+    norm = sbn.linen.BatchNorm(use_running_average=True)
+    message = r"Expected a model with ConvNorm or DenseNorm layers, got .*BatchNorm"
+    with pytest.raises(ValueError, match=message):
+        sbn.linen.fold_variables(norm, norm.init(KEY, X), X)
+    with pytest.raises(ValueError, match=message):
+        sbn.nnx.fold_model(sbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+
+
+def test_folding_twice_changes_nothing():
+    model = trained_nnx()
+    once = sbn.nnx.fold_model(model)
+    chex.assert_trees_all_equal(nnx.state(sbn.nnx.fold_model(once)), nnx.state(once))
+    linen, variables = trained()
+    once = sbn.linen.fold_variables(linen, variables, ROW)
+    chex.assert_trees_all_equal(sbn.linen.fold_variables(linen, once, ROW), once)

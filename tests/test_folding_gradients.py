@@ -1,0 +1,127 @@
+"""Second-order gradients of the folded form, and the ReLU that stays fused."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import flax_sbn as sbn
+from tests import cases
+from tests.samples import KEY
+
+CONVOLUTION = functools.partial(
+    sbn.conv_norm, strides=2, padding=((2, -1),), kernel_dilation=2
+)
+DILATED = functools.partial(
+    sbn.conv_norm, padding=((0, 3),), input_dilation=3, feature_group_count=2
+)
+LAYERS = {
+    "BS": (CONVOLUTION, (8, 9, 2), (2, 2, 2)),
+    "FS": (CONVOLUTION, (8, 9, 2), (2, 2, 2)),
+    "FS-one-patch": (DILATED, (8, 4, 2), (2, 1, 2)),
+    "FS+VDN": (DILATED, (8, 4, 2), (2, 1, 2)),
+    "BS+VDN": (sbn.dense_norm, (8, 3), (3, 2)),
+    "VDN-strata": (sbn.dense_norm, (8, 3), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_agree_with_finite_differences_to_second_order(name, x64):
+    fold, *shapes = LAYERS[name]
+    x, kernel = (cases.inputs(s, "float64", seed=i) for i, s in enumerate(shapes))
+    scale, bias = cases.inputs((2, 2), "float64", seed=2)
+    shape = jax.eval_shape(fold, x, kernel)[0].shape
+    residual = cases.inputs(shape, "float64", seed=3)
+    # Every other one with a mask.
+    mask = np.arange(residual.size).reshape(shape) % 5 > 0
+    mask = mask if list(LAYERS).index(name) % 2 else None
+
+    @jax.jit
+    def function(x, kernel, scale, bias, residual):
+        return fold(
+            x,
+            kernel,
+            scale,
+            bias,
+            residual=residual,
+            sampler=cases.SAMPLERS[name],
+            key=KEY,
+            mask=mask,
+            activation=jnp.tanh,
+        )
+
+    arguments = (x, kernel, scale, bias, residual)
+    check_grads(function, arguments, order=2, modes=["fwd", "rev"])
+
+
+ODD = [-np.inf, -1.5, -0.0, 0.0, 1e-40, 2.5, np.inf, np.nan]
+
+
+def derivatives(function, x):
+    """Value, both modes' first derivative, and the second one."""
+    slope = jax.grad(lambda x: function(x) ** 2)
+    return {
+        "value": jax.vmap(function)(x),
+        "reverse": jax.vmap(jax.grad(function))(x),
+        "forward": jax.jvp(function, (x,), (jnp.full_like(x, 3),)),
+        "second": jax.vmap(jax.grad(slope))(x),
+        "forward over reverse": jax.vmap(jax.jacfwd(slope))(x),
+    }
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_relu_is_jax_relu_in_every_derivative(dtype, transform):
+    with jax.enable_x64(dtype == "float64"):
+        x = jnp.asarray(ODD, dtype)
+        actual, expected = (
+            transform(functools.partial(derivatives, relu))(x)
+            for relu in (sbn.relu, jax.nn.relu)
+        )
+        chex.assert_trees_all_equal(actual, expected, strict=True)
+
+
+def test_relu_drops_cotangents_that_are_not_finite_where_it_is_off():
+    _, pullback = jax.vjp(sbn.relu, jnp.array([-1.0, 0.0, 1.0]))
+    (actual,) = pullback(jnp.full(3, jnp.inf))
+    chex.assert_trees_all_equal(actual, jnp.array([0.0, 0.0, jnp.inf]))
+
+
+def test_relu_takes_integers_as_jax_relu_does():
+    x = jnp.arange(-2, 3)
+    chex.assert_trees_all_equal(sbn.relu(x), jax.nn.relu(x), strict=True)
+
+
+def program(activation):
+    """The gradient of a folded layer."""
+
+    def loss(x, kernel):
+        y, _ = sbn.conv_norm(
+            x, kernel, sampler=sbn.NaiveSampling(4), activation=activation
+        )
+        return (y**2).sum()
+
+    return jax.make_jaxpr(jax.grad(loss, (0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("activation", "stays"),
+    [(jax.nn.relu, True), (sbn.relu, True), (jnp.tanh, False), (None, False)],
+    ids=["jax.nn.relu", "sbn.relu", "tanh", "none"],
+)
+def test_relu_is_replaced_by_the_one_that_stays_fused(activation, stays):
+    x, kernel = cases.inputs((8, 6, 3)), cases.inputs((3, 3, 4), seed=1)
+    assert ("optimization_barrier" in str(program(activation)(x, kernel))) == stays
+
+
+def test_any_activation_is_applied_to_the_sum():
+    x, kernel = cases.inputs((8, 6, 3)), cases.inputs((3, 3, 4), seed=1)
+    residual = cases.inputs((8, 6, 4), seed=2)
+    options = {"sampler": sbn.NaiveSampling(4), "residual": residual}
+    plain, _ = sbn.conv_norm(x, kernel, **options)
+    y, _ = sbn.conv_norm(x, kernel, **options, activation=lambda y: jnp.sin(3 * y))
+    chex.assert_trees_all_equal(y, jnp.sin(3 * plain))
