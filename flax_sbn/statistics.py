@@ -133,7 +133,7 @@ def batch_statistics(
         [part.take(x, axes) for part in parts],
         axes,
         masks=None if mask is None else [part.take(mask, axes) for part in parts],
-        one_pass=use_fast_variance and sampler is None,
+        one_pass=use_fast_variance if sampler is None else None,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         running=running,
@@ -146,7 +146,7 @@ def part_statistics(
     axes: tuple[int, ...],
     *,
     masks: Sequence[jax.Array] | None = None,
-    one_pass: bool = False,
+    one_pass: bool | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Any = None,
     running: Statistics | None = None,
@@ -158,7 +158,8 @@ def part_statistics(
       values: the values of each part, with ``axes`` to reduce.
       axes: rows and spatial axes.
       masks: booleans of the shapes of ``values``: False leaves a value out.
-      one_pass: see ``use_fast_variance`` of :func:`batch_statistics`, as for the rest.
+      one_pass: ``use_fast_variance`` of :func:`batch_statistics` for a whole batch;
+        None for a sample. See there for the rest.
       axis_name: see there.
       axis_index_groups: see there.
       running: see there.
@@ -288,12 +289,15 @@ def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _moments(
-    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool
+    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool | None
 ) -> _Moments:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if where is None:
         count = jnp.asarray(math.prod(x.shape[a] for a in axes), x.real.dtype)
-        mean, var = (_raw_moments if one_pass else _central_moments)(x, axes)
+        if one_pass is None:
+            mean, var = _sample_moments(x, axes)
+        else:
+            mean, var = (_raw_moments if one_pass else _two_pass_moments)(x, axes)
         return _Moments(jnp.broadcast_to(count, var.shape), mean, var)
 
     # What is masked may be NaN: keep it out of the gradient, too.
@@ -316,21 +320,26 @@ def _raw_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
     )
 
 
+def _two_pass_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+    mean = x.mean(axes)
+    return Statistics(mean, _abs_square(x - jnp.expand_dims(mean, axes)).mean(axes))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _central_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+def _sample_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
     # One pass about one of the values, which cancels as little as two passes do.
     origin = x[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
     mean, var = _raw_moments(x - jnp.expand_dims(origin, axes), axes)
     return Statistics(mean + origin, var)
 
 
-@_central_moments.defjvp
-def _central_moments_jvp(
+@_sample_moments.defjvp
+def _sample_moments_jvp(
     axes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Statistics, Statistics]:
     # In terms of x: the shifted values are not kept for the backward pass.
     (x,), (t,) = primals, tangents
-    mean, var = _central_moments(x, axes)
+    mean, var = _sample_moments(x, axes)
     product = (x - jnp.expand_dims(mean, axes)).conj() * t
     return Statistics(mean, var), Statistics(t.mean(axes), 2 * product.mean(axes).real)
 

@@ -164,3 +164,29 @@ def test_a_patch_may_be_anywhere(case, x64):
         unfolded.quick_jit(functools.partial(measure, runs=len(places)))(many, starts),
         moments([block(z, place) for z, place in zip(each, places, strict=True)]),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Nested:
+    """A patch for each half of the rows, and in both together one for each quarter."""
+
+    needs_key: ClassVar[bool] = False
+
+    def parts(self, shape, key):
+        outer = Windows(2, (1, jnp.array([1, 0]), jnp.array([0, 2])), (2, 4, 4))
+        inner = Windows(4, (0, jnp.array([2, 0, 1, 2]), 1), (1, 2, 3))
+        return (Part(0.25, (outer, inner)), Part(0.75, (outer,)))
+
+
+@pytest.mark.parametrize("border", ["SAME", "pairs", "dilated"])
+def test_patches_may_be_in_patches(border, x64):
+    options = {"strides": (1, 2), **cases.border(border, 2)}
+    x = cases.inputs((8, 7, 12, 3), "float64")
+    kernel = cases.inputs((3, 2, 3, 4), "float64", seed=1)
+    sampler = Nested()
+    z = unfolded.conv(x, kernel, **options)
+    expected = sbn.batch_statistics(z, sampler=sampler)
+    moments = samples.moments(z, sampler)
+    assert_same_to_rounding(expected, sbn.Statistics(*moments))
+    _, actual = sbn.conv_norm(x, kernel, sampler=sampler, **options)
+    assert_same_to_rounding(actual, expected)

@@ -65,6 +65,11 @@ def linear_norm(
     evaluate = use_running_average
     if evaluate is None:
         evaluate = norm.use_running_average
+    if evaluate is None:
+        raise ValueError(
+            "Expected use_running_average in the constructor or the call, got None in "
+            "both. Use model.train() and model.eval(), or pass it."
+        )
     if norm.sampler is None and not evaluate:
         y = norm(linear(x), use_running_average, mask=mask)
         return add_and_activate(y, residual, activation)
