@@ -59,7 +59,7 @@ def test_a_norm_is_charged_what_its_block_takes_more_in_the_same_round(
         "BS 8 folded": [1.0, 4.0, 2.0],
     }
     monkeypatch.setattr(layer, "compiled_step", lambda *args: None)
-    monkeypatch.setattr(layer.timing, "interleaved", lambda steps, rounds: seconds)
+    monkeypatch.setattr(layer, "interleaved", lambda steps, rounds: seconds)
     results = layer.measure("block", "resnet50-stage1", 2, "float32", rounds=3)
     own = {result.variant: result.own_ratio for result in results}
     assert own == {
