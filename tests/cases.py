@@ -3,8 +3,8 @@
 Tests and benchmarks both read these tables: a sampler, or a shape, is one row here.
 """
 
-import collections
 import itertools
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -53,14 +53,16 @@ def pairwise(**options: Sequence[Any]) -> list[dict[str, Any]]:
         ordered = [(name, row[name]) for name in options if name in row]
         return missing & set(itertools.combinations(ordered, 2))
 
-    rows: list[dict[str, int]] = []
+    # Where nothing is gained, anything may meet; the same in every run.
+    choose = random.Random(0)
+    rows = []
     while missing:
         row = dict(min(missing))
         for name in options:
             if name not in row:
-                used = collections.Counter(each[name] for each in rows)
-                gains = {i: len(gain({**row, name: i})) for i in range(size[name])}
-                row[name] = max(gains, key=lambda i: (gains[i], -used[i]))
+                gains = [len(gain({**row, name: i})) for i in range(size[name])]
+                best = [i for i, value in enumerate(gains) if value == max(gains)]
+                row[name] = choose.choice(best)
         missing -= gain(row)
         rows.append(row)
     return [{name: options[name][row[name]] for name in options} for row in rows]

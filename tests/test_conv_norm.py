@@ -234,39 +234,50 @@ def test_every_option_of_flax_linen_is_offered(ours, linear):
             assert field.default == defaults[field.name], field.name
 
 
-@pytest.mark.parametrize(
-    ("ours", "linear", "positional"),
-    [
-        (sbn.nnx.ConvNorm, nnx.Conv, ((6, 4), {"kernel_size": (3, 2)})),
-        (sbn.nnx.DenseNorm, nnx.Linear, ((6, 4), {})),
-    ],
-)
-def test_every_option_of_flax_nnx_is_offered(ours, linear, positional):
-    required, given = positional
-    values = {
-        **{"strides": 2, "padding": "VALID", "input_dilation": 1},
-        **{"kernel_dilation": 2, "feature_group_count": 2, "mask": None},
-        **{"dtype": jnp.float32, "param_dtype": jnp.float32, "precision": "highest"},
-        **{"kernel_init": nn.initializers.ones, "bias_init": nn.initializers.ones},
-        **{"conv_general_dilated": jax.lax.conv_general_dilated},
-        **{"dot_general": jax.lax.dot_general, "preferred_element_type": jnp.float32},
-        **{"kernel_metadata": {"a": 1}, "bias_metadata": {"b": 2}},
-        **{"use_running_average": False, "momentum": 0.5, "epsilon": 0.1},
-        **{"use_bias": True, "use_scale": True, "scale_init": nn.initializers.zeros},
-        **{"axis_name": None, "axis_index_groups": None, "use_fast_variance": False},
-        **{"scale_metadata": {"c": 3}, "sampler": None, "activation": None},
-    }
-    left_out = {"in_features", "out_features", "num_features", "rngs"}
-    left_out |= {"axis", "promote_dtype", *given}
-    names = (arguments(linear) | arguments(nnx.BatchNorm)) - left_out
-    assert names | {"sampler", "activation"} <= values.keys()
-    options = {name: values[name] for name in names | {"sampler", "activation"}}
-    layer = ours(*required, **given, **options, rngs=nnx.Rngs(0))
-    linear = layer.conv if isinstance(layer, sbn.nnx.ConvNorm) else layer.dense
+# Another value than the default for every option of the two layers.
+OPTIONS = {
+    **{"strides": 2, "padding": "VALID", "input_dilation": 1, "kernel_dilation": 2},
+    **{"feature_group_count": 2, "mask": jnp.ones((3, 2, 3, 4))},
+    **{"dtype": jnp.bfloat16, "param_dtype": jnp.float16, "precision": "highest"},
+    **{"kernel_init": nn.initializers.ones, "bias_init": nn.initializers.ones},
+    **{"scale_init": nn.initializers.zeros, "use_bias": True, "use_scale": True},
+    **{"conv_general_dilated": lambda *args, **kwargs: None},
+    **{"dot_general": lambda *args, **kwargs: None, "preferred_element_type": "f4"},
+    **{"kernel_metadata": {"a": 1}, "bias_metadata": {"b": 2}},
+    **{"scale_metadata": {"c": 3}, "use_running_average": True, "momentum": 0.5},
+    **{"epsilon": 0.1, "axis_name": "device", "axis_index_groups": [[0]]},
+    **{"use_fast_variance": False, "force_float32_reductions": False},
+    **{"conv_general_dilated_cls": None, "dot_general_cls": None},
+    "sampler": sbn.NaiveSampling(2),
+}
+SIZES = {
+    "conv": {"features": 4, "kernel_size": (3, 2)},
+    "dense": {"features": 4},
+}
+
+
+def assert_given(layer, kind, norm, names):
+    """Asserts that a linear layer and its norm got the options."""
     for name in names:
-        for part in (linear, layer.norm):
-            value = getattr(part, name, options[name])
-            assert value == options[name] or (part, name) == (linear, "use_bias")
-    assert linear.bias is None
-    assert linear.kernel.a == layer.norm.bias.b + layer.norm.scale.c - 4 == 1
-    chex.assert_trees_all_equal(layer.norm.bias[...], jnp.ones(4))
+        for part in (layer, norm):
+            if hasattr(part, name) and (part, name) != (layer, "use_bias"):
+                assert getattr(part, name) is OPTIONS[name], name
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_option_reaches_the_linen_layers(kind):
+    ours = {"conv": sbn.linen.ConvNorm, "dense": sbn.linen.DenseNorm}[kind]
+    names = fields(ours) - {"activation", *SIZES[kind]}
+    assert names <= OPTIONS.keys()
+    layer = ours(**SIZES[kind], **{name: OPTIONS[name] for name in names})
+    found = {}
+
+    def note(call, args, kwargs, context):
+        found[context.module.name] = context.module
+        if context.module.name is None:
+            return call(*args, **kwargs)
+        return jnp.ones(SHAPES[kind][1])
+
+    with nn.intercept_methods(note):
+        layer.init(KEY, jnp.ones(SHAPES[kind][0]))
+    assert_given(found[kind], kind, found["norm"], names)

@@ -47,10 +47,11 @@ LAYERS = {
     "dense-BS": (sbn.BatchSampling(64), *DENSE, {}, (512, 64), (64, 16)),
 }
 
-# Largest ratio of the errors, by the mean of inputs of standard deviation one: 0 is that
-# of normalized data, 0.7 that behind a ReLU. Where the mean is large, the gradient of the
-# kernel is a small difference of large sums, each rounded: two in the folded form, which
-# reads the gradient of the scale off them, too. The bias' is the same sum in both forms.
+# Largest ratio of the errors, by the mean of inputs of standard deviation one: 0 is
+# that of normalized data, 0.7 that behind a ReLU. Where the mean is large, the gradient
+# of the kernel is a small difference of large sums, each rounded: two in the folded
+# form, which reads the gradient of the scale off them, too. The bias' is the same sum
+# in both forms.
 BOUNDS = {
     0: {"y": 1.0, "x": 1.0, "kernel": 1.0, "scale": 1.0, "bias": 1.25},
     0.5: {"y": 1.0, "x": 1.0, "kernel": 1.0, "scale": 1.0, "bias": 1.25},
