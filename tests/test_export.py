@@ -217,3 +217,12 @@ def test_folding_twice_changes_nothing():
     linen, variables = trained()
     once = sbn.linen.fold_variables(linen, variables, ROW)
     chex.assert_trees_all_equal(sbn.linen.fold_variables(linen, once, ROW), once)
+
+
+def test_a_bias_beside_a_norm_is_refused():
+    layer = sbn.linen.ConvNorm(4, (3, 3))
+    x = jnp.ones((1, 8, 8, 3))
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    variables["params"]["conv"]["bias"] = jnp.zeros(4)
+    with pytest.raises(ValueError, match="got conv/bias and norm"):
+        layer.apply(variables, x, use_running_average=True)

@@ -1,0 +1,107 @@
+"""Every option of flax's layers is offered by the folded ones, and reaches them."""
+
+import dataclasses
+import inspect
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import flax_sbn as sbn
+
+
+def fields(cls):
+    return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
+
+
+def arguments(cls):
+    return {*inspect.signature(cls.__init__).parameters} - {"self"}
+
+
+@pytest.mark.parametrize(
+    ("ours", "linear"),
+    [(sbn.linen.ConvNorm, nn.Conv), (sbn.linen.DenseNorm, nn.Dense)],
+)
+def test_every_option_of_flax_linen_is_offered(ours, linear):
+    # The bias is the norm's, features are last, and all arrays promote alike.
+    left_out = {"axis", "promote_dtype"}
+    own = {"sampler", "activation"}
+    assert fields(ours) == (fields(linear) | fields(nn.BatchNorm) | own) - left_out
+    defaults = {
+        field.name: field.default
+        for cls in (linear, nn.BatchNorm)
+        for field in dataclasses.fields(cls)
+    }
+    for field in dataclasses.fields(ours):
+        if field.name in defaults:
+            assert field.default == defaults[field.name], field.name
+
+
+# Another value than the default for every option of the two layers.
+OPTIONS = {
+    **{"strides": 2, "padding": "VALID", "input_dilation": 1, "kernel_dilation": 2},
+    **{"feature_group_count": 2, "mask": jnp.ones((3, 2, 3, 4))},
+    **{"dtype": jnp.bfloat16, "param_dtype": jnp.float16, "precision": "highest"},
+    **{"kernel_init": nn.initializers.ones, "bias_init": nn.initializers.ones},
+    **{"scale_init": nn.initializers.zeros, "use_bias": True, "use_scale": True},
+    **{"conv_general_dilated": lambda *args, **kwargs: None},
+    **{"dot_general": lambda *args, **kwargs: None, "preferred_element_type": "f4"},
+    **{"kernel_metadata": {"a": 1}, "bias_metadata": {"b": 2}},
+    **{"scale_metadata": {"c": 3}, "use_running_average": True, "momentum": 0.5},
+    **{"epsilon": 0.1, "axis_name": "device", "axis_index_groups": ((0,),)},
+    **{"use_fast_variance": False, "force_float32_reductions": False},
+    **{"conv_general_dilated_cls": None, "dot_general_cls": None},
+    "sampler": sbn.NaiveSampling(2),
+}
+SIZES = {
+    "conv": {"features": 4, "kernel_size": (3, 2)},
+    "dense": {"features": 4},
+}
+
+
+def assert_given(names, layer, norm):
+    """Asserts that a linear layer and its norm got the options."""
+    assert names <= OPTIONS.keys()
+    for name in names:
+        for part in (layer, norm):
+            if hasattr(part, name) and (part, name) != (layer, "use_bias"):
+                assert getattr(part, name) is OPTIONS[name], name
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_option_reaches_the_linen_layers(kind):
+    ours = {"conv": sbn.linen.ConvNorm, "dense": sbn.linen.DenseNorm}[kind]
+    names = fields(ours) - {"activation", *SIZES[kind]}
+    layer = ours(**SIZES[kind], **{name: OPTIONS[name] for name in names})
+    found = {}
+
+    def note(call, args, kwargs, context):
+        found[context.module.name] = context.module
+        if context.module.name is None:
+            return call(*args, **kwargs)
+        return jnp.ones((2, 4))
+
+    with nn.intercept_methods(note):
+        layer.init(jax.random.key(0), jnp.ones((2, 9, 8, 6)))
+    assert_given(names, found[kind], found["norm"])
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_every_option_reaches_the_nnx_layers(kind):
+    ours = {"conv": sbn.nnx.ConvNorm, "dense": sbn.nnx.DenseNorm}[kind]
+    linear = {"conv": nnx.Conv, "dense": nnx.Linear}[kind]
+    names = arguments(linear) | arguments(nnx.BatchNorm) | {"sampler"}
+    names -= {"in_features", "out_features", "num_features", "kernel_size"}
+    names -= {"axis", "promote_dtype", "rngs"}
+    window = [(3, 2)] if kind == "conv" else []
+    options = {name: OPTIONS[name] for name in names}
+    layer = ours(6, 4, *window, **options, rngs=nnx.Rngs(0))
+    assert_given(names - {"kernel_init"}, getattr(layer, kind), layer.norm)
+    assert getattr(layer, kind).bias is None
+    kernel, scale, bias = getattr(layer, kind).kernel, layer.norm.scale, layer.norm.bias
+    assert (kernel.a, bias.b, scale.c) == (1, 2, 3)
+    for array, value in [(kernel, 1), (scale, 0), (bias, 1)]:
+        chex.assert_trees_all_equal(array[...], jnp.full(array.shape, value, "f2"))
