@@ -67,8 +67,10 @@ def assert_given(names, layer, norm):
     assert names <= OPTIONS.keys()
     for name in names:
         for part in (layer, norm):
-            if hasattr(part, name) and (part, name) != (layer, "use_bias"):
-                assert getattr(part, name) is OPTIONS[name], name
+            of_norm = part is layer and name in ("use_bias", "bias_init")
+            if hasattr(part, name) and not of_norm:
+                given, expected = getattr(part, name), OPTIONS[name]
+                assert given is expected or given == expected, name
 
 
 @pytest.mark.parametrize("kind", SIZES)
