@@ -145,7 +145,10 @@ def fold(
     if scale is not None:
         factor = factor * scale
     shift = -statistics.mean * factor
-    return kernel * factor, shift if bias is None else shift + bias
+    # Spelled out, the gradient is one sum over all other axes: over those of extent one,
+    # too, which XLA's reductions on CPUs trip over.
+    each = jnp.broadcast_to(factor, kernel.shape)
+    return kernel * each, shift if bias is None else shift + bias
 
 
 def conv_norm(
