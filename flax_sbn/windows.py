@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_sbn.batched_slice import batched_slice, fork
@@ -156,11 +157,27 @@ def random_tiles(
     tiles = jnp.array(
         [-(-n // size) for n, size in zip(lengths, sizes, strict=True)], jnp.uint32
     ).reshape(-1, *[1] * len(draws))
-    # The barrier keeps the hash out of the large kernels that read the starts, and
-    # `randint` would hash three times as much to be rid of a bias of tiles / 2^32.
-    bits = jax.random.bits(key, (len(sizes), *draws), jnp.uint32)
+    # The barrier keeps the hash out of the large kernels that read the starts.
+    bits = _random_bits(key, (len(sizes), *draws))
     index = (lax.optimization_barrier(bits) % tiles).astype(jnp.int32)
     return [
         0 if size == length else jnp.minimum(index[i] * size, length - size)
         for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))
     ]
+
+
+def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns random bits, uint32, by a small hash of the key and the position.
+
+    It is MurmurHash3's finalizer, once for each word of the key. Threefry would be ten
+    times as many instructions, which are compiled anew for every layer.
+    """
+    count = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+    bits = jnp.asarray(count * np.uint32(0x9E3779B9))  # the golden ratio
+    words = jax.random.key_data(key)
+    for i in range(words.shape[-1]):
+        bits ^= words[i]
+        bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
+        bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+        bits ^= bits >> 16
+    return bits

@@ -222,6 +222,39 @@ def test_tiles_of_axes_and_draws_are_independent():
     assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / 1000**0.5
 
 
+SEEDS = np.arange(4096)
+BASE = jax.random.key(0)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        jax.vmap(jax.random.key)(SEEDS),
+        jax.vmap(jax.random.PRNGKey)(SEEDS),
+        jax.vmap(lambda seed: jax.random.key(seed, impl="rbg"))(SEEDS),
+        jax.vmap(lambda seed: jax.random.fold_in(BASE, seed))(SEEDS),
+        jax.random.split(BASE, len(SEEDS)),
+    ],
+    ids=["seeds", "raw-seeds", "rbg-seeds", "folded", "split"],
+)
+def test_tiles_are_uniform_and_independent_whatever_the_keys(keys):
+    starts = np.asarray(
+        jax.vmap(lambda key: jnp.stack(random_tiles(key, [7, 8], [1, 1], (2,))))(keys)
+    )
+    rows, columns = starts[:, 0], starts[:, 1]  # (keys, draws)
+    for one, other in (
+        (rows[:, 0], columns[:, 0]),  # axes
+        (rows[:, 0], rows[:, 1]),  # draws
+        (rows[:-1, 0], rows[1:, 0]),  # keys
+    ):
+        counts = np.histogram2d(one, other, bins=(one.max() + 1, other.max() + 1))[0]
+        expected = len(one) / counts.size
+        chi_square = ((counts - expected) ** 2).sum() / expected
+        # Its mean is its degrees of freedom, its variance twice that.
+        freedom = counts.size - 1
+        assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
+
+
 def test_a_whole_axis_needs_no_draw():
     starts = random_tiles(jax.random.key(0), [5, 4], [5, 2], (3,))
     assert starts[0] == 0
