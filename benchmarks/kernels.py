@@ -9,7 +9,9 @@ each once. What moves less:
 - a convolution's or matrix product's scratch memory is not counted: how much of it is
   used, and how often, is the library's secret;
 - arrays on the chip or on the host are not in HBM, see `hlo.Array`;
-- names and shapes given anew (tuples, bitcasts, constants) move nothing.
+- names and shapes given anew (tuples, bitcasts, constants) move nothing;
+- single numbers made of single numbers, outside any fusion, are no kernels: a TPU
+  computes them, indices mostly, in the processor that starts the kernels.
 
 Loops count as often as they are known to run, else once; of a conditional, the branch
 that moves most counts. Caches are not modelled, so this is what a program asks for;
@@ -115,6 +117,8 @@ def _kernels(module: Module, computation: Computation) -> Iterator[Kernel]:
             continue
         if opcode in _FREE or instruction.target in _FREE_TARGETS:
             continue
+        if _is_scalar(computation, instruction):
+            continue
         called = [module.computations[name] for name in instruction.called()]
         match opcode:
             case "call" | "async-start":
@@ -128,6 +132,15 @@ def _kernels(module: Module, computation: Computation) -> Iterator[Kernel]:
                 yield from max(branches, key=lambda ks: sum(k.traffic for k in ks))
             case _:
                 yield _kernel(module, computation, instruction)
+
+
+def _is_scalar(computation: Computation, instruction: Instruction) -> bool:
+    """Whether an instruction makes a single number of single numbers."""
+    if instruction.opcode == "copy" or instruction.target:
+        return False
+    calls = next(instruction.called(), None) is not None
+    together = [instruction, *computation.operands(instruction)]
+    return not calls and all(each.size == 1 for each in together)
 
 
 def _kernel(

@@ -145,8 +145,8 @@ def fold(
     if scale is not None:
         factor = factor * scale
     shift = -statistics.mean * factor
-    # Spelled out, the gradient is one sum over all other axes: over those of extent one,
-    # too, which XLA's reductions on CPUs trip over.
+    # Spelled out, so that its gradient sums over all other axes at once: a sum that
+    # leaves out those of extent one takes XLA thirty times as long on a CPU.
     each = jnp.broadcast_to(factor, kernel.shape)
     return kernel * each, shift if bias is None else shift + bias
 
@@ -404,6 +404,7 @@ def _linear_norm(
     given = [array for array in (x, kernel, scale, bias) if array is not None]
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     x, narrow = promote_dtype(x, kernel, dtype=dtype)
+    narrow = _rounded(kernel, narrow.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
     if mask is not None:
@@ -433,10 +434,10 @@ def _linear_norm(
             masks = None if mask is None else [part.take(mask, axes) for part in parts]
             statistics = part_statistics(parts, values, axes, masks=masks, **pooling)
         folded, shift = fold(kernel, statistics, scale, bias, epsilon=epsilon)
-        rounded = folded.astype(x.dtype)
+        rounded = _rounded(folded, x.dtype)
         if half and inputs and mask is None:
             measured, _ = fold(narrow, statistics, scale, bias, epsilon=epsilon)
-            shift -= _mean_output(inputs, rounded - measured)
+            shift -= _offset(inputs, rounded, measured)
         y = linear(x, rounded)
         if half:
             # cuDNN adds a bias of the convolution's own type, and does so in float32.
@@ -449,23 +450,41 @@ def _linear_norm(
     return add_and_activate(y, residual, activation), statistics
 
 
-def _mean_output(
-    inputs: Sequence[tuple[float, jax.Array]], kernel: jax.Array
+def _rounded(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns a kernel in a dtype, rounded even where XLA would leave that out."""
+    if jnp.finfo(dtype).bits < jnp.finfo(kernel.dtype).bits:
+        info = jnp.finfo(dtype)
+        kernel = lax.reduce_precision(kernel, info.nexp, info.nmant)
+    return kernel.astype(dtype)
+
+
+def _offset(
+    inputs: Sequence[tuple[float, jax.Array]], applied: jax.Array, measured: jax.Array
 ) -> jax.Array:
-    """Returns about what a kernel gives on average, given weighted parts of the input.
+    """Returns about how far the outputs of two kernels are apart on average.
 
     The statistics are those of the rounded kernel, and what is applied is the rounded
-    folded one. Where inputs have a mean, the difference would be an offset, which no
-    norm removes any more.
+    folded one. Where inputs have a mean, the difference is an offset, which no norm
+    removes any more.
+
+    Args:
+      inputs: weighted parts of the input.
+      applied: ``(*window, I, C)``.
+      measured: likewise.
     """
     parts = [
-        weight * x.mean(range(x.ndim - 1), dtype=kernel.dtype) for weight, x in inputs
+        weight * x.mean(range(x.ndim - 1), dtype=measured.dtype) for weight, x in inputs
     ]
     mean = functools.reduce(jnp.add, parts)
-    groups = mean.size // kernel.shape[-2]
+    groups = mean.size // measured.shape[-2]
     # A group of output features sees its own group of input features.
-    seen = jnp.repeat(mean.reshape(groups, -1).T, kernel.shape[-1] // groups, axis=1)
-    return lax.stop_gradient((kernel * seen).sum(range(kernel.ndim - 1)))
+    per_group = measured.shape[-1] // groups
+    seen = jnp.repeat(mean.reshape(groups, -1).T, per_group, axis=1)
+
+    def output(kernel: jax.Array) -> jax.Array:
+        return (kernel * seen).sum(range(kernel.ndim - 1))
+
+    return lax.stop_gradient(output(applied) - output(measured))
 
 
 def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:

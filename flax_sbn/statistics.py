@@ -98,8 +98,9 @@ def batch_statistics(
         all-reduce.
       axis_index_groups: groups of devices along ``axis_name`` that pool separately.
       use_fast_variance: measure a whole batch in one pass, as
-        :math:`E|x|^2 - |E x|^2`. A sample is always measured about one
-        of its values, which is as exact as two passes.
+        :math:`E|x|^2 - |E x|^2`. A sample is always measured in one pass, about one of
+        its values, which is as exact as two; bfloat16 as it is, since its own rounding
+        is larger.
       running: statistics returned for a feature of which nothing was measured, because
         the mask is False at every sampled position; by default mean 0, variance 1.
         Between devices they serve as origin, which keeps precision.
@@ -291,15 +292,17 @@ def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
 def _moments(
     x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool | None
 ) -> _Moments:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if where is None:
-        count = jnp.asarray(math.prod(x.shape[a] for a in axes), x.real.dtype)
         if one_pass is None:
             mean, var = _sample_moments(x, axes)
         else:
-            mean, var = (_raw_moments if one_pass else _two_pass_moments)(x, axes)
-        return _Moments(jnp.broadcast_to(count, var.shape), mean, var)
+            mean, var = (_raw_moments if one_pass else _two_pass_moments)(
+                _wide(x), axes
+            )
+        count = jnp.full(var.shape, math.prod(x.shape[a] for a in axes), var.dtype)
+        return _Moments(count, mean, var)
 
+    x = _wide(x)
     # What is masked may be NaN: keep it out of the gradient, too.
     x = jnp.where(where, x, 0)
     count = where.sum(axes, dtype=x.real.dtype)
@@ -327,9 +330,13 @@ def _two_pass_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _sample_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+    wide = _wide(x)
+    if x.dtype == jnp.bfloat16:
+        # Its rounding hides what cancels, and XLA would write down shifted values.
+        return _raw_moments(wide, axes)
     # One pass about one of the values, which cancels as little as two passes do.
-    origin = x[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
-    mean, var = _raw_moments(x - jnp.expand_dims(origin, axes), axes)
+    origin = wide[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
+    mean, var = _raw_moments(wide - jnp.expand_dims(origin, axes), axes)
     return Statistics(mean + origin, var)
 
 
@@ -338,10 +345,14 @@ def _sample_moments_jvp(
     axes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Statistics, Statistics]:
     # In terms of x: the shifted values are not kept for the backward pass.
-    (x,), (t,) = primals, tangents
+    (x,), (t,) = primals, map(_wide, tangents)
     mean, var = _sample_moments(x, axes)
-    product = (x - jnp.expand_dims(mean, axes)).conj() * t
+    product = (_wide(x) - jnp.expand_dims(mean, axes)).conj() * t
     return Statistics(mean, var), Statistics(t.mean(axes), 2 * product.mean(axes).real)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _pool(

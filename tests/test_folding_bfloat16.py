@@ -166,6 +166,18 @@ def test_the_gradient_of_the_bias_is_summed_in_float32(layer):
     np.testing.assert_array_equal(gradient(jnp.ones(4)), np.full(4, 2.0**14))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_kernel_is_rounded_for_good(dtype):
+    kernel = cases.inputs((3, 3, 4, 4))
+    rounded = jax.jit(lambda k: folding._rounded(k, jnp.dtype(dtype)))
+    np.testing.assert_array_equal(
+        np.float32(rounded(kernel)), np.float32(kernel.astype(dtype))
+    )
+    # XLA leaves a conversion there and back out, on GPUs, but never this one.
+    program = rounded.lower(kernel).as_text()
+    assert ("reduce_precision" in program) == (dtype != "float32")
+
+
 @pytest.mark.parametrize("add", [folding._add_narrow, folding._add_wide])
 def test_the_shift_is_added_alike_on_every_platform(add):
     y = cases.inputs((64, 16, 16, 4), "bfloat16")

@@ -217,6 +217,18 @@ def test_new_names_and_shapes_move_nothing() -> None:
     assert count(entry) == []
 
 
+def test_single_numbers_of_single_numbers_are_no_kernels() -> None:
+    entry = """
+        %i = s32[] parameter(0)
+        %x = s32[8]{0} parameter(1)
+        %at = s32[] add(%i, %i)
+        %one = s32[1]{0} dynamic-slice(%x, %at), dynamic_slice_sizes={1}
+        %number = s32[] bitcast(%one)
+        ROOT %c = s32[] copy(%number)
+    """
+    assert [kernel.name for kernel in count(entry)] == ["one", "c"]
+
+
 def test_an_asynchronous_copy_counts_once_and_only_in_hbm() -> None:
     entry = """
         %x = f32[8]{0:T(128)} parameter(0)

@@ -142,6 +142,18 @@ def test_samples_of_mean_1000_and_deviation_1_are_measured_precisely(name):
     assert_close(actual.var, var, c=1000)
 
 
+@pytest.mark.parametrize("mean", [3, 30, 300])
+def test_bfloat16_is_measured_more_precisely_than_it_is_rounded(mean):
+    x = mean + np.random.default_rng(0).standard_normal((64, 16, 16, 3))
+    x = jnp.asarray(x, jnp.bfloat16)
+    measured = sbn.batch_statistics(x, sampler=sbn.NaiveSampling(64))
+    exact = np.float64(x)
+    # Values are at least 2^-8 of them apart, and the error is uniform in between.
+    rounding = (mean * 2**-8) ** 2 / 12
+    assert np.abs(measured.var - exact.var((0, 1, 2))).max() < rounding
+    assert np.abs(measured.mean - exact.mean((0, 1, 2))).max() < rounding**0.5
+
+
 def test_the_slow_variance_of_the_whole_batch_is_precise():
     x = 1000 + (cases.inputs(SHAPE) - 1) / 2
     actual = samples.batch_statistics(x, use_fast_variance=False)
