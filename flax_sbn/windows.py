@@ -6,6 +6,7 @@ read them through :meth:`Part.take`. Letters in shapes: ``N`` rows, ``H W`` spat
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -157,9 +158,8 @@ def random_tiles(
     tiles = jnp.array(
         [-(-n // size) for n, size in zip(lengths, sizes, strict=True)], jnp.uint32
     ).reshape(-1, *[1] * len(draws))
-    # The barrier keeps the hash out of the large kernels that read the starts.
     bits = _random_bits(key, (len(sizes), *draws))
-    index = (lax.optimization_barrier(bits) % tiles).astype(jnp.int32)
+    index = (bits % tiles).astype(jnp.int32)
     return [
         0 if size == length else jnp.minimum(index[i] * size, length - size)
         for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))
@@ -172,12 +172,22 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     It is MurmurHash3's finalizer, once for each word of the key. Threefry would be ten
     times as many instructions, which are compiled anew for every layer.
     """
-    count = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
-    bits = jnp.asarray(count * np.uint32(0x9E3779B9))  # the golden ratio
     words = jax.random.key_data(key)
-    for i in range(words.shape[-1]):
+    count = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
+
+    def mix(i: int | jax.Array, bits: jax.Array) -> jax.Array:
         bits ^= words[i]
         bits = (bits ^ (bits >> 16)) * np.uint32(0x85EBCA6B)
         bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
-        bits ^= bits >> 16
-    return bits
+        return bits ^ (bits >> 16)
+
+    def hashed(bits: jax.Array, unroll: bool) -> jax.Array:
+        return lax.fori_loop(0, words.shape[-1], mix, bits, unroll=unroll)
+
+    # On a CPU only a loop keeps the hash out of the large kernels that read the starts.
+    bits = lax.platform_dependent(
+        jnp.asarray(count * np.uint32(0x9E3779B9)),  # the golden ratio
+        cpu=functools.partial(hashed, unroll=False),
+        default=functools.partial(hashed, unroll=True),
+    )
+    return lax.optimization_barrier(bits)
