@@ -295,10 +295,10 @@ def _moments(
     if where is None:
         if one_pass is None:
             mean, var = _sample_moments(x, axes)
+        elif one_pass:
+            mean, var = _raw_moments(_wide(x), axes)
         else:
-            mean, var = (_raw_moments if one_pass else _two_pass_moments)(
-                _wide(x), axes
-            )
+            mean, var = _two_pass_moments(_wide(x), axes)
         count = jnp.full(var.shape, math.prod(x.shape[a] for a in axes), var.dtype)
         return _Moments(count, mean, var)
 
