@@ -68,6 +68,20 @@ def test_figures_are_those_of_the_committed_results() -> None:
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of" in README
 
 
+def test_training_times_are_those_of_the_committed_results() -> None:
+    path = ROOT / "benchmarks" / "results" / "train-step-cpu-float32.json"
+    ratio = {
+        (row["variant"], row["batch_size"]): row["ratio"]
+        for row in json.loads(path.read_text())["results"]
+    }
+    small, large = (ratio["FS 1/64 folded", size] for size in (32, 128))
+    for text in (
+        f"takes {small:.2f} of the time in batches of 32, {large:.2f} in those of 128",
+        f"`BatchSampling(8)` of 32 rows takes {ratio['BS 8 folded', 32]:.2f}.",
+    ):
+        assert text in " ".join(README.split())
+
+
 def test_traffic_is_that_of_the_committed_results() -> None:
     def rows(target: str) -> dict[str, dict[str, float]]:
         path = ROOT / "benchmarks" / "results" / f"traffic-{target}-resnet50.json"
