@@ -54,8 +54,14 @@ def test_figures_are_those_of_the_committed_results() -> None:
 
     path = ROOT / "examples" / "results" / "digits-mlp" / "results.json"
     rows = {row["method"]: row for row in json.loads(path.read_text())["methods"]}
-    few, all_rows = (100 * rows[name]["test_accuracy"] for name in ("bs:4", "bn"))
+    few, some, all_rows, virtual = (
+        100 * rows[name]["test_accuracy"] for name in ("bs:4", "bs:8", "bn", "vdn:4")
+    )
     assert f"{few:.1f} % instead of {all_rows:.1f} %" in README
+    edges = " ".join((ROOT / "docs" / "sharp_edges.md").read_text().split())
+    assert f"reaches {all_rows:.1f} % of test accuracy with all rows" in edges
+    assert f"{some:.1f} % with `BatchSampling(8)`, and {few:.1f} % with" in edges
+    assert f"{virtual:.1f} % with four of them" in edges
 
     ratios = [
         result["ratio"]
