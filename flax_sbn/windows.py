@@ -186,7 +186,7 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     # On a CPU only a loop keeps the hash out of the large kernels that read the starts.
     bits = lax.platform_dependent(
-        jnp.asarray(count * np.uint32(0x9E3779B9)),  # the golden ratio
+        words[-1] ^ (count * np.uint32(0x9E3779B9)),  # the golden ratio
         cpu=functools.partial(hashed, unroll=False),
         default=functools.partial(hashed, unroll=True),
     )
