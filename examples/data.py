@@ -57,6 +57,31 @@ class Dataset:
             train_labels=self.train_labels[:train_size],
         )
 
+    def resized(self, size: int) -> "Dataset":
+        """Returns the data set with smaller images: means of square blocks of pixels.
+
+        Raises:
+          ValueError: if the images are not square, or ``size`` does not divide them.
+        """
+        _, height, width, _ = self.train_images.shape
+        if height != width or height % size:
+            raise ValueError(
+                f"Expected an image size that divides {height} x {width} of "
+                f"{self.name}, got {size}."
+            )
+        block = height // size
+
+        def smaller(images: Images) -> Images:
+            shape = (len(images), size, block, size, block, images.shape[-1])
+            means = images.reshape(shape).mean((2, 4))
+            return np.round(means).astype(np.uint8)
+
+        return dataclasses.replace(
+            self,
+            train_images=smaller(self.train_images),
+            test_images=smaller(self.test_images),
+        )
+
 
 def load_digits() -> Dataset:
     """Returns scikit-learn's 1,797 scans of digits, 8 x 8, a quarter held out."""

@@ -84,6 +84,15 @@ class Tally:
         return sampler.parts(shape, key)
 
 
+def parse(text: str) -> Method:
+    """Reads a method in short form, or a sampler as in Python.
+
+    Raises:
+      ValueError: if it is neither.
+    """
+    return parse_sampler(text) if "(" in text else parse_method(text)
+
+
 def parse_method(text: str) -> Method:
     """Reads a method in short form.
 

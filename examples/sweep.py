@@ -1,0 +1,287 @@
+"""Trains every combination of a grid, and goes on where it was stopped.
+
+Each option takes one value or several, here or in a TOML file; every combination of
+them is trained and leaves one JSON line in the results file. Killed at any moment and
+started again with the same file, the sweep trains what is missing and nothing twice.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+import grid
+import journal
+from data import DataError, Dataset, load_cifar10, load_digits
+from grid import Experiment, GridError
+from journal import JournalError, Record
+from measuring import describe_device
+from training import Trainer, to_device
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="examples:\n"
+        "  sweep.py --norm bn bs:4 fs:1/64 --seed 0 1 2 --results digits.jsonl\n"
+        "  sweep.py --grid study.toml --seed 0 --results study.jsonl --jobs 2\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file of JSON lines: finished trainings are read from it, new ones added",
+    )
+    parser.add_argument(
+        "--grid",
+        type=Path,
+        metavar="FILE",
+        help="TOML file with options as below; those given here replace its",
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder with CIFAR-10, for the dataset cifar10",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="trainings at a time, each in a process of its own (default: 1)",
+    )
+    options = parser.add_argument_group(
+        "the grid", "Each takes one value or several; in parentheses the default."
+    )
+    default = Experiment()
+    for name in grid.OPTIONS:
+        options.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            type=_value,
+            metavar="VALUE",
+            help=f"({getattr(default, name)})",
+        )
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what is missing of the sweep and returns the exit status."""
+    args = parse(argv)
+    console = Console()
+    try:
+        table = grid.read(args.grid) if args.grid else {}
+        given = {n: getattr(args, n) for n in grid.OPTIONS if getattr(args, n)}
+        wanted = grid.experiments({**table, **given})
+        check(wanted, args.data_dir)
+        with journal.opened(args.results) as results:
+            if results.message:
+                console.print(results.message)
+            return run(wanted, results, args, console)
+    except (DataError, GridError, JournalError, ValueError) as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
+
+
+def check(wanted: list[Experiment], data_dir: Path | None) -> None:
+    """Complains about what could not be trained, before anything is."""
+    for dataset in {experiment.dataset for experiment in wanted}:
+        if dataset == "cifar10" and data_dir is None:
+            raise DataError("Expected --data-dir DIR for the dataset cifar10.")
+    seen = set()
+    for experiment in wanted:
+        setting = dataclasses.replace(experiment, seed=0)
+        if setting not in seen:
+            seen.add(setting)
+            make_trainer(setting, data_dir)
+
+
+def run(
+    wanted: list[Experiment],
+    results: journal.Journal,
+    args: argparse.Namespace,
+    console: Console,
+) -> int:
+    """Trains what is not among the results yet."""
+    done = {experiment_of(record) for record in results.records}
+    missing = [experiment for experiment in wanted if experiment not in done]
+    status = 0
+    if not missing:
+        console.print(f"All {len(wanted)} trainings are in {args.results} already.")
+    else:
+        with progress_bar(console) as progress:
+            task = progress.add_task(
+                "", total=len(wanted), completed=len(wanted) - len(missing)
+            )
+            try:
+                for record in trained(missing, args):
+                    results.append(record)
+                    label = name_of(experiment_of(record))
+                    progress.console.print(
+                        f"{label}: test accuracy {record['test_accuracy'][-1]:.1%}, "
+                        f"{record['seconds']:.0f} s"
+                    )
+                    progress.advance(task)
+            except KeyboardInterrupt:
+                status = 130
+                console.print("Interrupted; start it again to go on.")
+    console.print(summary(results.records, wanted))
+    return status
+
+
+def trained(missing: list[Experiment], args: argparse.Namespace) -> Iterator[Record]:
+    """Yields the results of the experiments as they come."""
+    if args.jobs == 1:
+        for experiment in missing:
+            yield train(experiment, args.data_dir)
+        return
+    context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+        futures = [pool.submit(train, one, args.data_dir) for one in missing]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                yield future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def train(experiment: Experiment, data_dir: Path | None) -> Record:
+    """Trains once and returns the result."""
+    trainer = make_trainer(dataclasses.replace(experiment, seed=0), data_dir)
+    begin = time.monotonic()
+    epochs = [now for now in trainer.train(experiment.seed) if now.done]
+    return {
+        "experiment": dataclasses.asdict(experiment),
+        "train_loss": [epoch.loss for epoch in epochs],
+        "train_accuracy": [epoch.accuracy for epoch in epochs],
+        "test_accuracy": [epoch.test_accuracy for epoch in epochs],
+        "best_test_accuracy": max(epoch.test_accuracy or 0.0 for epoch in epochs),
+        "seconds": time.monotonic() - begin,
+        # The first epoch compiles, unless another seed did.
+        "images_per_second": statistics.median(
+            epoch.images_per_second for epoch in epochs
+        ),
+        "measured": trainer.measured,
+        **describe_device(),
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def make_trainer(setting: Experiment, data_dir: Path | None) -> Trainer:
+    """Returns what trains a setting with any seed, compiled once for all of them."""
+    data = to_device(load(setting, data_dir))
+    return Trainer(setting.settings(), setting.method(), data)
+
+
+def load(setting: Experiment, data_dir: Path | None) -> Dataset:
+    """Returns the images of a setting."""
+    dataset = whole(setting.dataset, data_dir).limited(setting.train_size)
+    return dataset.resized(setting.image_size) if setting.image_size else dataset
+
+
+@functools.cache
+def whole(name: str, data_dir: Path | None) -> Dataset:
+    """Returns a data set, read once."""
+    if name == "digits":
+        return load_digits()
+    assert data_dir is not None
+    return load_cifar10(data_dir)
+
+
+def experiment_of(record: Record) -> Experiment:
+    """Returns the experiment of a result; newer options have their defaults."""
+    return Experiment(**record["experiment"])
+
+
+def name_of(experiment: Experiment) -> str:
+    """Returns what tells an experiment from the default one."""
+    given = dataclasses.asdict(experiment)
+    default = dataclasses.asdict(Experiment())
+    shown = {n: v for n, v in given.items() if v != default[n] or n in ("norm", "seed")}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def summary(records: list[Record], wanted: list[Experiment]) -> Table:
+    """Returns a row a setting: mean and spread over its seeds so far."""
+    accuracies: dict[Experiment, list[float]] = {
+        dataclasses.replace(experiment, seed=0): [] for experiment in wanted
+    }
+    asked = set(wanted)
+    for record in records:
+        experiment = experiment_of(record)
+        if experiment in asked:
+            setting = dataclasses.replace(experiment, seed=0)
+            accuracies[setting].append(record["test_accuracy"][-1])
+    varied = [
+        name
+        for name in grid.OPTIONS
+        if name != "seed" and len({getattr(s, name) for s in accuracies}) > 1
+    ] or ["norm"]
+    table = Table()
+    for name in varied:
+        table.add_column(name)
+    table.add_column("seeds", justify="right")
+    table.add_column("test accuracy", justify="right")
+    for setting, found in accuracies.items():
+        spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+        table.add_row(
+            *(str(getattr(setting, name)) for name in varied),
+            str(len(found)),
+            f"{statistics.mean(found):.1%}{spread}" if found else "-",
+        )
+    return table
+
+
+def progress_bar(console: Console) -> Progress:
+    """Returns a bar for the whole grid."""
+    return Progress(
+        BarColumn(bar_width=32),
+        MofNCompleteColumn(),
+        TextColumn("trainings"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    )
+
+
+def _value(text: str) -> Any:
+    """Reads a value as TOML would, or else as a string."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    sys.exit(main())
