@@ -113,12 +113,8 @@ def check(wanted: list[Experiment], data_dir: Path | None) -> None:
     for dataset in {experiment.dataset for experiment in wanted}:
         if dataset == "cifar10" and data_dir is None:
             raise DataError("Expected --data-dir DIR for the dataset cifar10.")
-    seen = set()
-    for experiment in wanted:
-        setting = dataclasses.replace(experiment, seed=0)
-        if setting not in seen:
-            seen.add(setting)
-            make_trainer(setting, data_dir)
+    for setting in dict.fromkeys(map(setting_of, wanted)):
+        make_trainer(setting, data_dir)
 
 
 def run(
@@ -172,7 +168,7 @@ def trained(missing: list[Experiment], args: argparse.Namespace) -> Iterator[Rec
 
 def train(experiment: Experiment, data_dir: Path | None) -> Record:
     """Trains once and returns the result."""
-    trainer = make_trainer(dataclasses.replace(experiment, seed=0), data_dir)
+    trainer = make_trainer(setting_of(experiment), data_dir)
     begin = time.monotonic()
     epochs = [now for now in trainer.train(experiment.seed) if now.done]
     return {
@@ -218,6 +214,11 @@ def experiment_of(record: Record) -> Experiment:
     return Experiment(**record["experiment"])
 
 
+def setting_of(experiment: Experiment) -> Experiment:
+    """Returns what the trainings with all seeds have in common."""
+    return dataclasses.replace(experiment, seed=0)
+
+
 def name_of(experiment: Experiment) -> str:
     """Returns what tells an experiment from the default one."""
     given = dataclasses.asdict(experiment)
@@ -229,14 +230,13 @@ def name_of(experiment: Experiment) -> str:
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:
     """Returns a row a setting: mean and spread over its seeds so far."""
     accuracies: dict[Experiment, list[float]] = {
-        dataclasses.replace(experiment, seed=0): [] for experiment in wanted
+        setting_of(experiment): [] for experiment in wanted
     }
     asked = set(wanted)
     for record in records:
         experiment = experiment_of(record)
         if experiment in asked:
-            setting = dataclasses.replace(experiment, seed=0)
-            accuracies[setting].append(record["test_accuracy"][-1])
+            accuracies[setting_of(experiment)].append(record["test_accuracy"][-1])
     varied = [
         name
         for name in grid.OPTIONS
