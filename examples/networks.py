@@ -21,12 +21,27 @@ DTYPES = {name: jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What all runs of a comparison have in common."""
+    """What all runs of a comparison have in common.
+
+    Attributes:
+      model: one of ``models.LINEN``.
+      api: ``'linen'`` or ``'nnx'``.
+      width: features of the first stage or hidden layer; None for the model's own.
+      batch_size: images in a step.
+      rows: how many images are normalized together, as on a device that holds so many;
+        the gradient is that of the whole batch. None for the whole batch.
+      epochs: passes over the training images.
+      learning_rate: peak of the schedule.
+      weight_decay: of kernels.
+      dtype: of the computation.
+      augment: random crops and flips.
+    """
 
     model: str = "resnet8"
     api: str = "linen"
-    width: int | None = None  # the model's own
+    width: int | None = None
     batch_size: int = 128
+    rows: int | None = None
     epochs: int = 20
     learning_rate: float = 0.1
     weight_decay: float = 5e-4

@@ -127,6 +127,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="features of the first stage or hidden layer (default: the model's own)",
     )
     how.add_argument(
+        "--rows",
+        type=int,
+        metavar="N",
+        help="images normalized together, as on a device that holds so few (default: "
+        "the batch); for such groups --no-fold is faster",
+    )
+    how.add_argument(
         "--fold",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -141,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="new folder for the results (default: one under runs/, named by the time)",
     )
     args = parser.parse_args(argv)
-    for name in ("seeds", "train_size", "width", "epochs", "batch_size"):
+    for name in ("seeds", "train_size", "width", "epochs", "batch_size", "rows"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")

@@ -102,6 +102,12 @@ class Trainer:
                 f"Expected a batch size between 1 and the {size} training images, got "
                 f"batch_size={settings.batch_size}."
             )
+        self.rows = settings.rows or settings.batch_size
+        if settings.batch_size % self.rows:
+            raise ValueError(
+                "Expected a batch size that is a multiple of the rows normalized "
+                f"together, got batch_size={settings.batch_size} and rows={self.rows}."
+            )
         self.steps = size // settings.batch_size
         self.data, self.shape = data, data.images.shape[1:]
         self.network = self._network(method)
@@ -201,7 +207,29 @@ class Trainer:
         sampling_key: jax.Array,
         virtual_key: jax.Array,
     ) -> tuple[jax.Array, Any]:
+        """Returns the logits, and the mean of what the groups of rows change."""
         x = self._scale(images)
+        groups = len(x) // self.rows
+        if groups == 1:
+            return self._group_logits(params, rest, x, sampling_key, virtual_key)
+        logits, rests = jax.vmap(self._group_logits, (None, None, 0, 0, 0))(
+            params,
+            rest,
+            x.reshape(groups, self.rows, *x.shape[1:]),
+            jax.random.split(sampling_key, groups),
+            jax.random.split(virtual_key, groups),
+        )
+        return logits.reshape(len(x), -1), jax.tree.map(_of_groups, rests)
+
+    def _group_logits(
+        self,
+        params: Any,
+        rest: Any,
+        x: jax.Array,
+        sampling_key: jax.Array,
+        virtual_key: jax.Array,
+    ) -> tuple[jax.Array, Any]:
+        """Returns the logits of rows that are normalized together."""
         virtual = self.method.virtual
         if virtual is None:
             return self.network.train(params, rest, x, sampling_key)
@@ -226,7 +254,7 @@ class Trainer:
             self.method, sampler=Tally(self.method.sampler, counts)
         )
         network = self._network(method)
-        rows = self.settings.batch_size
+        rows = self.rows
         if self.method.virtual is not None:
             rows += self.method.virtual.num_virtual
 
@@ -238,6 +266,11 @@ class Trainer:
         if self.method.kind != "batch":
             return 1.0 if self.method.kind == "flax" else None
         return sum(n for n, _ in counts) / sum(total for _, total in counts)
+
+
+def _of_groups(each: jax.Array) -> jax.Array:
+    """Averages running statistics; counts and keys are the same in all groups."""
+    return each.mean(0) if jnp.issubdtype(each.dtype, jnp.inexact) else each[0]
 
 
 def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -120,6 +120,36 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
     assert int(state.step) == 2
 
 
+@pytest.mark.parametrize("api", list(NETWORKS))
+def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
+    trainer = small_trainer("bn", model="mlp", api=api, batch_size=32, rows=16)
+    state, images = trainer.init(0), trainer.data.images[:32]
+    given = state.params, state.rest
+    logits, rest = trainer._logits(*given, images, state.key, state.key)
+    halves = [
+        trainer.network.train(*given, trainer._scale(half), state.key)
+        for half in (images[:16], images[16:])
+    ]
+    expected = jnp.concatenate([half for half, _ in halves])
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    means = jax.tree.map(lambda a, b: (a + b) / 2, *(rest for _, rest in halves))
+    for actual, mean in zip(jax.tree.leaves(rest), jax.tree.leaves(means), strict=True):
+        np.testing.assert_allclose(actual, mean, atol=1e-5)
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
+    trainer = small_trainer("bs:4+vdn:2", api=api, model="mlp", rows=8)
+    assert trainer.measured == pytest.approx(6 / 10)
+    *_, last = trainer.train(seed=0)
+    assert np.isfinite(last.loss)
+
+
+def test_a_batch_has_whole_groups_of_rows() -> None:
+    with pytest.raises(ValueError, match="batch_size=128 and rows=48"):
+        small_trainer("bn", rows=48)
+
+
 def test_share_of_values_measured_is_that_of_the_samplers() -> None:
     assert small_trainer("bn").measured == 1
     assert small_trainer("bs:4").measured == pytest.approx(4 / 128)
