@@ -45,30 +45,31 @@ def opened(path: Path) -> Iterator[Journal]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise JournalError(
-                    f"Expected to write {path} alone, but another process does. Wait "
-                    "for it, or give another file."
-                ) from None
-            file.seek(0)
-            content = file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            records = _parse(path, whole)
-            message = None
-            if whole != content:
-                if not records and not content.lstrip().startswith(b"{"):
-                    raise JournalError(f"Expected JSON lines in {path}, got no line.")
-                message = (
-                    f"{path}: the last line was cut off; dropped it and kept the "
-                    f"{len(records)} before it."
-                )
-                file.truncate(len(whole))
-            yield Journal(path, records, message)
+        file = path.open("a+b")
     except OSError as error:
         raise JournalError(f"Expected a results file in {path}: {error}.") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JournalError(
+                f"Expected to write {path} alone, but another process does. Wait for "
+                "it, or give another file."
+            ) from None
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        records = _parse(path, whole)
+        message = None
+        if whole != content:
+            if not records and not content.lstrip().startswith(b"{"):
+                raise JournalError(f"Expected JSON lines in {path}, got no line.")
+            message = (
+                f"{path}: the last line was cut off; dropped it and kept the "
+                f"{len(records)} before it."
+            )
+            file.truncate(len(whole))
+        yield Journal(path, records, message)
 
 
 def read(path: Path) -> list[Record]:
