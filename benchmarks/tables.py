@@ -24,7 +24,6 @@ _TRAFFIC = (
     Column("kernels", "kernels"),
     Column("compile, CPU s", "compile_seconds"),
 )
-_REFERENCES = {"BN": "flax BN", "none": "no norm"}  # by what the columns call them
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
@@ -138,13 +137,12 @@ def train_step_table(report: Report) -> str:
     return markdown(header, lines, left=3)
 
 
-def traffic_table(report: Report, *references: str) -> str:
+def traffic_table(report: Report, references: Sequence[str] = ("flax BN",)) -> str:
     """Returns bytes moved by compiled steps: a table a target, model and batch size.
 
     Args:
       report: what traffic.py writes.
-      *references: columns with ratios: ``"BN"`` or ``"none"``, or both; the former only
-        by default.
+      references: variants that the figures in parentheses are relative to.
     """
     cases: dict[str, Rows] = {}
     for row in report["results"]:
@@ -153,26 +151,23 @@ def traffic_table(report: Report, *references: str) -> str:
     parts = []
     for case, rows in cases.items():
         given = by_variant(rows)
-        bases = {
-            name: given.get(_REFERENCES[name], {}) for name in references or ["BN"]
-        }
         columns = [c for c in _TRAFFIC if any(row[c.key] is not None for row in rows)]
-        header = ["variant"]
-        for column in columns:
-            header += [column.label, *(f"/ {name}" for name in bases)]
         lines = []
         for row in rows:
-            line = [row["variant"]]
+            cells = []
             for column in columns:
                 value = row[column.key]
-                line.append(number(value and value / column.unit, column.digits))
-                for base in bases.values():
-                    reference = base.get(column.key)
-                    ratio = value / reference if value and reference else None
-                    line.append(number(ratio))
-            lines.append(line)
+                bases = [given.get(name, {}).get(column.key) for name in references]
+                ratios = [
+                    number(value / base if value and base else None) for base in bases
+                ]
+                text = number(value and value / column.unit, column.digits)
+                cells.append(f"{text} ({', '.join(ratios)})")
+            lines.append([row["variant"], *cells])
+        header = ["variant", *(column.label for column in columns)]
         errors = [f"{row['variant']}: {row['error']}" for row in rows if row["error"]]
-        parts += [f"{case}:", markdown(header, lines, left=1), *errors]
+        relative = f"{case}; in parentheses relative to {' and '.join(references)}:"
+        parts += [relative, markdown(header, lines, left=1), *errors]
     return "\n\n".join(parts)
 
 

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 timing.write(args.json, report)
                 bar.advance(task)
         case = {"results": report["results"][-len(args.variant) :]}
-        print(f"\n{tables.traffic_table(case, 'BN', 'none')}")
+        print(f"\n{tables.traffic_table(case, ('flax BN', 'no norm'))}")
         if args.explain:
             for variant, found in largest.items():
                 print(f"\n{target}, {model}, {variant}\n")
