@@ -13,14 +13,14 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -126,35 +126,52 @@ def run(
     """Trains what is not among the results yet."""
     done = {experiment_of(record) for record in results.records}
     missing = [experiment for experiment in wanted if experiment not in done]
+    before = len(wanted) - len(missing)
     status = 0
     if not missing:
         console.print(f"All {len(wanted)} trainings are in {args.results} already.")
-    else:
-        with progress_bar(console) as progress:
-            task = progress.add_task(
-                "", total=len(wanted), completed=len(wanted) - len(missing)
-            )
-            try:
-                for record in trained(missing, args):
-                    results.append(record)
-                    label = name_of(experiment_of(record))
-                    progress.console.print(
-                        f"{label}: test accuracy {record['test_accuracy'][-1]:.1%}, "
-                        f"{record['seconds']:.0f} s"
-                    )
-                    progress.advance(task)
-            except KeyboardInterrupt:
-                status = 130
-                console.print("Interrupted; start it again to go on.")
+    elif before:
+        console.print(f"{before} of {len(wanted)} trainings are in {args.results}.")
+    progress = progress_bar(console)
+    task = progress.add_task("", total=len(wanted), completed=before)
+
+    def shown() -> Group:
+        return Group(summary(results.records, wanted), progress)
+
+    with Live(get_renderable=shown, console=console, transient=True) as live:
+        try:
+            for record in trained(missing, args, functools.partial(advance, progress)):
+                results.append(record)
+                label = name_of(experiment_of(record))
+                live.console.print(
+                    f"{label}: test accuracy {record['test_accuracy'][-1]:.1%}, "
+                    f"{record['seconds']:.0f} s"
+                )
+                before += 1
+                progress.update(task, completed=before)
+        except KeyboardInterrupt:
+            status = 130
+    if status:
+        console.print("Interrupted; start it again to go on.")
     console.print(summary(results.records, wanted))
     return status
 
 
-def trained(missing: list[Experiment], args: argparse.Namespace) -> Iterator[Record]:
+def advance(progress: Progress, share: float) -> None:
+    """Moves the bar by a share of one training."""
+    (task,) = progress.task_ids
+    progress.advance(task, share)
+
+
+def trained(
+    missing: list[Experiment],
+    args: argparse.Namespace,
+    advance: Callable[[float], None],
+) -> Iterator[Record]:
     """Yields the results of the experiments as they come."""
     if args.jobs == 1:
         for experiment in missing:
-            yield train(experiment, args.data_dir)
+            yield train(experiment, args.data_dir, advance)
         return
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
@@ -166,11 +183,20 @@ def trained(missing: list[Experiment], args: argparse.Namespace) -> Iterator[Rec
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def train(experiment: Experiment, data_dir: Path | None) -> Record:
-    """Trains once and returns the result."""
+def train(
+    experiment: Experiment,
+    data_dir: Path | None,
+    advance: Callable[[float], None] | None = None,
+) -> Record:
+    """Trains once, telling what share of it each epoch was, and returns the result."""
     trainer = make_trainer(setting_of(experiment), data_dir)
     begin = time.monotonic()
-    epochs = [now for now in trainer.train(experiment.seed) if now.done]
+    epochs = []
+    for now in trainer.train(experiment.seed):
+        if now.done:
+            epochs.append(now)
+            if advance:
+                advance(1 / experiment.epochs)
     return {
         "experiment": dataclasses.asdict(experiment),
         "train_loss": [epoch.loss for epoch in epochs],
@@ -261,13 +287,10 @@ def progress_bar(console: Console) -> Progress:
     """Returns a bar for the whole grid."""
     return Progress(
         BarColumn(bar_width=32),
-        MofNCompleteColumn(),
-        TextColumn("trainings"),
+        TextColumn("{task.completed:.1f} of {task.total:.0f} trainings"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,
-        disable=not console.is_terminal,
-        transient=True,
     )
 
 
