@@ -98,9 +98,9 @@ def batch_statistics(
         all-reduce.
       axis_index_groups: groups of devices along ``axis_name`` that pool separately.
       use_fast_variance: measure a whole batch in one pass, as
-        :math:`E|x|^2 - |E x|^2`. A sample is always measured in one pass, about one of
-        its values, which is as exact as two; bfloat16 as it is, since its own rounding
-        is larger.
+        :math:`E|x|^2 - |E x|^2`. A sample is always measured in one pass about one of
+        its values, which is as exact as two (on GPUs, in bfloat16, as it is: the data's
+        own rounding is larger).
       running: statistics returned for a feature of which nothing was measured, because
         the mask is False at every sampled position; by default mean 0, variance 1.
         Between devices they serve as origin, which keeps precision.
@@ -328,16 +328,22 @@ def _two_pass_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
     return Statistics(mean, _abs_square(x - jnp.expand_dims(mean, axes)).mean(axes))
 
 
+def _shifted_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
+    # One pass about one of the values, which cancels as little as two passes do.
+    origin = x[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
+    mean, var = _raw_moments(x - jnp.expand_dims(origin, axes), axes)
+    return Statistics(mean + origin, var)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _sample_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
-    wide = _wide(x)
-    if x.dtype == jnp.bfloat16:
-        # Its rounding hides what cancels, and XLA would write down shifted values.
-        return _raw_moments(wide, axes)
-    # One pass about one of the values, which cancels as little as two passes do.
-    origin = wide[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
-    mean, var = _raw_moments(wide - jnp.expand_dims(origin, axes), axes)
-    return Statistics(mean + origin, var)
+    shifted = functools.partial(_shifted_moments, axes=axes)
+    if x.dtype != jnp.bfloat16:
+        return shifted(_wide(x))
+    # On a GPU shifted values would be written down. There sums are pairwise, and what
+    # cancels is less than bfloat16's own rounding.
+    raw = functools.partial(_raw_moments, axes=axes)
+    return lax.platform_dependent(_wide(x), cuda=raw, rocm=raw, default=shifted)
 
 
 @_sample_moments.defjvp
