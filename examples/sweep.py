@@ -142,9 +142,10 @@ def run(
         try:
             for record in trained(missing, args, functools.partial(advance, progress)):
                 results.append(record)
-                label = name_of(experiment_of(record))
+                options = record["experiment"]
                 live.console.print(
-                    f"{label}: test accuracy {record['test_accuracy'][-1]:.1%}, "
+                    ", ".join(f"{name} {options[name]}" for name in varied(wanted))
+                    + f": test accuracy {record['test_accuracy'][-1]:.1%}, "
                     f"{record['seconds']:.0f} s"
                 )
                 before += 1
@@ -245,12 +246,14 @@ def setting_of(experiment: Experiment) -> Experiment:
     return dataclasses.replace(experiment, seed=0)
 
 
-def name_of(experiment: Experiment) -> str:
-    """Returns what tells an experiment from the default one."""
-    given = dataclasses.asdict(experiment)
-    default = dataclasses.asdict(Experiment())
-    shown = {n: v for n, v in given.items() if v != default[n] or n in ("norm", "seed")}
-    return ", ".join(f"{name} {value}" for name, value in shown.items())
+def varied(experiments: list[Experiment]) -> list[str]:
+    """Returns the options in which experiments differ, the norm at least."""
+    names = [
+        name
+        for name in grid.OPTIONS
+        if len({getattr(experiment, name) for experiment in experiments}) > 1
+    ]
+    return names or ["norm"]
 
 
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:
@@ -263,20 +266,16 @@ def summary(records: list[Record], wanted: list[Experiment]) -> Table:
         experiment = experiment_of(record)
         if experiment in asked:
             accuracies[setting_of(experiment)].append(record["test_accuracy"][-1])
-    varied = [
-        name
-        for name in grid.OPTIONS
-        if name != "seed" and len({getattr(s, name) for s in accuracies}) > 1
-    ] or ["norm"]
+    names = varied(list(accuracies))
     table = Table()
-    for name in varied:
+    for name in names:
         table.add_column(name)
     table.add_column("seeds", justify="right")
     table.add_column("test accuracy", justify="right")
     for setting, found in accuracies.items():
         spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
         table.add_row(
-            *(str(getattr(setting, name)) for name in varied),
+            *(str(getattr(setting, name)) for name in names),
             str(len(found)),
             f"{statistics.mean(found):.1%}{spread}" if found else "-",
         )
