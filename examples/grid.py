@@ -47,9 +47,7 @@ class Experiment(Settings):
     def method(self) -> Method:
         """Returns the normalization."""
         method = methods.parse(self.norm)
-        return dataclasses.replace(
-            method, folded=self.fold and method.sampler is not None
-        )
+        return method.fold() if self.fold else method
 
     def settings(self) -> Settings:
         """Returns what :class:`training.Trainer` wants to know."""

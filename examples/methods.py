@@ -51,6 +51,10 @@ class Method:
     sampler: sbn.Sampler | None = None
     folded: bool = False
 
+    def fold(self) -> "Method":
+        """Returns the method folded, or as it is where nothing is sampled."""
+        return dataclasses.replace(self, folded=self.sampler is not None)
+
     @property
     def virtual(self) -> sbn.VirtualSampling | None:
         """Which virtual rows the sampler expects in the batch, if any."""

@@ -31,10 +31,10 @@ from rich.table import Table
 import grid
 import journal
 from data import DataError, Dataset, load_cifar10, load_digits
-from grid import Experiment, GridError
+from grid import Experiment
 from journal import JournalError, Record
 from measuring import describe_device
-from training import Trainer, to_device
+from training import DeviceData, Trainer, to_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if results.message:
                 console.print(results.message)
             return run(wanted, results, args, console)
-    except (DataError, GridError, JournalError, ValueError) as error:
+    except (DataError, JournalError, ValueError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
 
@@ -140,7 +140,8 @@ def run(
 
     with Live(get_renderable=shown, console=console, transient=True) as live:
         try:
-            for record in trained(missing, args, functools.partial(advance, progress)):
+            advance = functools.partial(progress.advance, task)
+            for record in trained(missing, args, advance):
                 results.append(record)
                 options = record["experiment"]
                 live.console.print(
@@ -156,12 +157,6 @@ def run(
         console.print("Interrupted; start it again to go on.")
     console.print(summary(results.records, wanted))
     return status
-
-
-def advance(progress: Progress, share: float) -> None:
-    """Moves the bar by a share of one training."""
-    (task,) = progress.task_ids
-    progress.advance(task, share)
 
 
 def trained(
@@ -217,14 +212,17 @@ def train(
 @functools.lru_cache(maxsize=1)
 def make_trainer(setting: Experiment, data_dir: Path | None) -> Trainer:
     """Returns what trains a setting with any seed, compiled once for all of them."""
-    data = to_device(load(setting, data_dir))
+    data = load(setting.dataset, data_dir, setting.train_size, setting.image_size)
     return Trainer(setting.settings(), setting.method(), data)
 
 
-def load(setting: Experiment, data_dir: Path | None) -> Dataset:
-    """Returns the images of a setting."""
-    dataset = whole(setting.dataset, data_dir).limited(setting.train_size)
-    return dataset.resized(setting.image_size) if setting.image_size else dataset
+@functools.lru_cache(maxsize=1)
+def load(
+    name: str, data_dir: Path | None, train_size: int | None, image_size: int | None
+) -> DeviceData:
+    """Returns images on the device, once for all settings that share them."""
+    dataset = whole(name, data_dir).limited(train_size)
+    return to_device(dataset.resized(image_size) if image_size else dataset)
 
 
 @functools.cache

@@ -195,10 +195,7 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     chosen = [methods.parse_method(name) for name in names]
     chosen += [methods.parse_sampler(text) for text in args.sampler]
     if args.fold:
-        chosen = [
-            dataclasses.replace(method, folded=method.sampler is not None)
-            for method in chosen
-        ]
+        chosen = [method.fold() for method in chosen]
     fields = {field.name for field in dataclasses.fields(Settings)}
     settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
     if args.augment is None:

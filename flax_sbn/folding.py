@@ -403,8 +403,8 @@ def _linear_norm(
     """Measures, folds and applies; ``batch`` is the shape that the rows of x had."""
     given = [array for array in (x, kernel, scale, bias) if array is not None]
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
-    x, narrow = promote_dtype(x, kernel, dtype=dtype)
-    narrow = _rounded(kernel, narrow.dtype)
+    x, _ = promote_dtype(x, kernel, dtype=dtype)
+    narrow = _rounded(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
     if mask is not None:
