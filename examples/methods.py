@@ -4,7 +4,8 @@ A method is ``bn``, ``flax`` (flax's own), ``gn`` or ``none``, or a sampler in s
 form: ``ns:1``, ``bs:4``, ``fs:1/64``, ``vdn:2``, or two of them mixed,
 ``fs:1/64+vdn:4``. Amounts are rows, or for FS the share of each feature map; without
 them the paper's are used. Any other sampler is written as in Python:
-``FeatureSampling(1/16, groups=1)``.
+``FeatureSampling(1/16, groups=1)``. Behind each of them ``~3/4`` is the weight of the
+running statistics: ``fs:1/64~3/4``.
 """
 
 import ast
@@ -43,12 +44,15 @@ class Method:
       kind: ``'batch'``, ``'flax'`` (flax's own batch normalization), ``'group'``, or
         ``'none'``, which has convolutions with a bias.
       sampler: what batch normalization measures; None measures all of the batch.
+      running_weight: how far the statistics of kind ``'batch'`` are moved towards the
+        running ones.
       folded: whether kind ``'batch'`` is folded into the layer before, if there is one.
     """
 
     name: str
     kind: str = "batch"
     sampler: sbn.Sampler | None = None
+    running_weight: float = 0.0
     folded: bool = False
 
     def fold(self) -> "Method":
@@ -89,12 +93,36 @@ class Tally:
 
 
 def parse(text: str) -> Method:
-    """Reads a method in short form, or a sampler as in Python.
+    """Reads a method in short form or a sampler as in Python, either with a weight.
 
     Raises:
       ValueError: if it is neither.
+
+    Example:
+      >>> parse("bs:4~3/4")  # doctest: +NORMALIZE_WHITESPACE
+      Method(name='bs:4~3/4', kind='batch',
+             sampler=BatchSampling(num_samples=4, strata=1),
+             running_weight=0.75, folded=False)
     """
-    return parse_sampler(text) if "(" in text else parse_method(text)
+    name, tilde, weight = text.partition("~")
+    method = parse_sampler(name) if "(" in name else parse_method(name)
+    if not tilde:
+        return method
+    running_weight = _weight(weight)
+    if method.kind != "batch" or running_weight is None:
+        raise ValueError(
+            "Expected a weight in [0, 1] behind bn or a sampler such as bs:4~3/4, got "
+            f"{text!r}."
+        )
+    return dataclasses.replace(method, name=text, running_weight=running_weight)
+
+
+def _weight(text: str) -> float | None:
+    try:
+        weight = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return weight if 0 <= weight <= 1 else None
 
 
 def parse_method(text: str) -> Method:
@@ -105,7 +133,7 @@ def parse_method(text: str) -> Method:
 
     Example:
       >>> parse_method("fs:1/16").sampler
-      FeatureSampling(fraction=0.0625, min_values=32, groups=8)
+      FeatureSampling(fraction=0.0625, min_values=32, groups=None)
     """
     if text in _KINDS:
         return Method(text, _KINDS[text])

@@ -192,8 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     """Checks every method against the settings before any of them trains."""
     names = args.norm or (["bn"] if args.sampler else methods.DEFAULT)
-    chosen = [methods.parse_method(name) for name in names]
-    chosen += [methods.parse_sampler(text) for text in args.sampler]
+    chosen = [methods.parse(text) for text in (*names, *args.sampler)]
     if args.fold:
         chosen = [method.fold() for method in chosen]
     fields = {field.name for field in dataclasses.fields(Settings)}

@@ -11,6 +11,7 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
 from flax_sbn import linen, nnx
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold, relu
 from flax_sbn.normalization import batch_norm, normalize
+from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import (
     BatchSampling,
     FeatureSampling,
@@ -52,6 +53,7 @@ __all__ = [
     "normalize",
     "num_measured",
     "relu",
+    "renormalize",
     "update_running",
     "virtual_samples",
 ]

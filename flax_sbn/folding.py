@@ -19,6 +19,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.convolution import Extents, Padding, make_convolution
 from flax_sbn.normalization import batch_norm
+from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, sampled_parts
 from flax_sbn.statistics import Statistics, broadcast_mask, part_statistics
 from flax_sbn.windows import Part
@@ -36,6 +37,7 @@ class NormOptions(TypedDict, total=False):
       axis_index_groups: see :func:`batch_statistics`.
       use_fast_variance: see :func:`batch_statistics`.
       running: see :func:`batch_statistics`.
+      running_weight: see :func:`batch_norm`; 0 by default.
       epsilon: added to the variance; 1e-5 by default.
       dtype: dtype of the computation and its result; by default that of the arguments
         promoted. Statistics and the fold are in float32 or wider.
@@ -47,6 +49,7 @@ class NormOptions(TypedDict, total=False):
     axis_index_groups: Any
     use_fast_variance: bool
     running: Statistics | None
+    running_weight: float | jax.Array
     epsilon: float
     dtype: DTypeLike | None
 
@@ -396,6 +399,8 @@ def _linear_norm(
     statistics: Statistics | None = None,
     mask: ArrayLike | None = None,
     use_fast_variance: bool = True,
+    running: Statistics | None = None,
+    running_weight: float | jax.Array = 0.0,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
     **pooling: Any,
@@ -417,6 +422,8 @@ def _linear_norm(
             bias,
             mask=mask,
             use_fast_variance=use_fast_variance,
+            running=running,
+            running_weight=running_weight,
             epsilon=epsilon,
             dtype=result_dtype,
             **pooling,
@@ -432,11 +439,18 @@ def _linear_norm(
                 values.append(here(below, narrow))
             axes = tuple(range(x.ndim - 1))
             masks = None if mask is None else [part.take(mask, axes) for part in parts]
-            statistics = part_statistics(parts, values, axes, masks=masks, **pooling)
-        folded, shift = fold(kernel, statistics, scale, bias, epsilon=epsilon)
+            statistics = part_statistics(
+                parts, values, axes, masks=masks, running=running, **pooling
+            )
+            target = renormalize(
+                statistics, running, running_weight=running_weight, epsilon=epsilon
+            )
+        else:
+            target = statistics
+        folded, shift = fold(kernel, target, scale, bias, epsilon=epsilon)
         rounded = _rounded(folded, x.dtype)
         if half and inputs and mask is None:
-            measured, _ = fold(narrow, statistics, scale, bias, epsilon=epsilon)
+            measured, _ = fold(narrow, target, scale, bias, epsilon=epsilon)
             shift -= _offset(inputs, rounded, measured)
         y = linear(x, rounded)
         if half:

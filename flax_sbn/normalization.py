@@ -11,6 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler
 from flax_sbn.statistics import Axis, Statistics, batch_statistics, reduction_axes
 
@@ -94,6 +95,7 @@ def batch_norm(
     axis_index_groups: Any = None,
     use_fast_variance: bool = True,
     running: Statistics | None = None,
+    running_weight: float | jax.Array = 0.0,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Statistics]:
@@ -126,16 +128,20 @@ def batch_norm(
       axis_index_groups: see :func:`batch_statistics`.
       use_fast_variance: see :func:`batch_statistics`.
       running: see :func:`batch_statistics`.
+      running_weight: how far the statistics are moved towards ``running`` before they
+        normalize, in [0, 1]; see :func:`renormalize`.
       epsilon: added to the variance.
       dtype: dtype of the result; by default that of ``x``, ``scale`` and ``bias``
         promoted.
 
     Returns:
-      The normalized array, of the shape of ``x``, and the statistics, ``(C,)``.
+      The normalized array, of the shape of ``x``, and the measured statistics,
+      ``(C,)``.
 
     Raises:
       TypeError: see :func:`batch_statistics`.
-      ValueError: see :func:`batch_statistics` and :func:`normalize`.
+      ValueError: see :func:`batch_statistics`, :func:`normalize` and
+        :func:`renormalize`.
 
     Example:
       >>> import jax
@@ -163,9 +169,10 @@ def batch_norm(
         running=running,
     )
     dtype = _result_type(x, scale, bias, dtype=dtype)
-    y = normalize(
-        wide, statistics, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype
+    target = renormalize(
+        statistics, running, running_weight=running_weight, epsilon=epsilon
     )
+    y = normalize(wide, target, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype)
     return y, statistics
 
 

@@ -201,9 +201,9 @@ class FeatureSampling:
       fraction: least share of the spatial extent that is measured, in (0, 1].
       min_values: least number of values per feature, as far as there are so many.
       groups: the rows are split into the largest number of equal runs that is at most
-        ``groups``, each with a patch of its own. ``groups=1`` is the paper's FS, which
-        lets the noise of the one place into the statistics; groups, and
-        ``min_values``, are ours.
+        ``groups``, each with a patch of its own, all of them spread over the map; None
+        for a patch for every row. ``groups=1`` is the paper's FS, which lets the noise
+        of the one place into the statistics; groups, and ``min_values``, are ours.
 
     Raises:
       ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
@@ -225,7 +225,7 @@ class FeatureSampling:
 
     fraction: float
     min_values: int = 32
-    groups: int = 8
+    groups: int | None = None
 
     needs_key: ClassVar[bool] = True
 
@@ -235,7 +235,9 @@ class FeatureSampling:
                 f"Expected fraction in (0, 1], got fraction={self.fraction!r}. "
                 "The paper uses 1/4 to 1/64."
             )
-        _check_positive(min_values=self.min_values, groups=self.groups)
+        _check_positive(min_values=self.min_values)
+        if self.groups is not None:
+            _check_positive(groups=self.groups)
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a patch for each group of rows."""
@@ -245,10 +247,11 @@ class FeatureSampling:
                 f"Expected an input with spatial axes for {self}, got measured axes of "
                 f"{shape=}. Use BatchSampling for inputs of rows and features only."
             )
-        groups = max(n for n in range(1, min(self.groups, rows) + 1) if rows % n == 0)
+        most = rows if self.groups is None else min(self.groups, rows)
+        groups = next(n for n in range(most, 0, -1) if rows % n == 0)
         sides = self._sides(rows, extent)
         assert key is not None
-        starts = random_tiles(key, extent, sides, (groups,) if groups > 1 else ())
+        starts = random_tiles(key, extent, sides, groups if groups > 1 else None)
         return (Part(1.0, (Windows(groups, (0, *starts), (rows // groups, *sides)),)),)
 
     def _sides(self, rows: int, extent: list[int]) -> list[int]:

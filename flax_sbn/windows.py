@@ -7,6 +7,7 @@ read them through :meth:`Part.take`. Letters in shapes: ``N`` rows, ``H W`` spat
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -136,9 +137,9 @@ def random_tiles(
     key: jax.Array,
     lengths: Sequence[int],
     sizes: Sequence[int],
-    draws: tuple[int, ...] = (),
+    count: int | None = None,
 ) -> list[Start]:
-    r"""Draws one tile of each axis and returns where it starts.
+    r"""Draws one tile of each axis, or several that are spread over them.
 
     ``L`` positions are covered by :math:`\lceil L / n \rceil` tiles of ``n``, the last
     one moved inwards where ``n`` does not divide ``L``. Where it does, every position
@@ -146,34 +147,62 @@ def random_tiles(
     ``L - n + 1`` would look at the first position ``n`` times less often than at the
     centre, which matters at the zero-padded borders of a feature map.)
 
+    Several tiles are each as random as one, but no two are the same before all have
+    been drawn, and each is far from those just before it: a lattice over the tiles,
+    from a random place.
+
     Args:
       key: random key.
       lengths: extent of each axis.
       sizes: extent of the tile on each axis.
-      draws: shape of the independent draws.
+      count: number of tiles; None for one.
 
     Returns:
-      A start for each axis: an int32 array of shape ``draws``, or 0 for a whole axis.
+      A start for each axis: an int32 scalar, or an array ``(count,)``; 0 for a whole
+      axis.
     """
-    tiles = jnp.array(
-        [-(-n // size) for n, size in zip(lengths, sizes, strict=True)], jnp.uint32
-    ).reshape(-1, *[1] * len(draws))
-    bits = _random_bits(key, (len(sizes), *draws))
-    index = (bits % tiles).astype(jnp.int32)
-    return [
-        0 if size == length else jnp.minimum(index[i] * size, length - size)
-        for i, (length, size) in enumerate(zip(lengths, sizes, strict=True))
-    ]
+    tiles = [-(-length // size) for length, size in zip(lengths, sizes, strict=True)]
+    total = math.prod(tiles)
+    if total == 1:
+        return [0] * len(tiles)
+    place = (_random_bits(key) // np.uint32(-(-(2**32) // total))).astype(jnp.int32)
+    if count is not None:
+        place = (place + np.arange(count) * _lattice_step(tiles) % total) % total
+    starts: list[Start] = []
+    for length, size, along in zip(lengths, sizes, tiles, strict=True):
+        total //= along
+        start = jnp.minimum(place // total % along * size, length - size)
+        starts.append(start if along > 1 else 0)
+    return starts
 
 
-def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns random bits, uint32, by a small hash of the key and the position.
+def _lattice_step(tiles: Sequence[int]) -> int:
+    r"""Returns the distance between tiles drawn in turn, in the order of the tiles.
+
+    On the ``j``-th of ``d`` axes it is near the share :math:`\varphi^{-j}` of the
+    tiles, with :math:`\varphi^{d + 1} = \varphi + 1`: on one axis the golden section.
+    Prime to the number of tiles, it reaches all of them.
+
+    Source: Roberts, "The Unreasonable Effectiveness of Quasirandom Sequences", 2018.
+    """
+    axes = sum(along > 1 for along in tiles)
+    ratio = 1.5
+    for _ in range(64):  # a contraction
+        ratio = (1 + ratio) ** (1 / (axes + 1))
+    step, share = 0, 1.0
+    for along in tiles:
+        share /= ratio if along > 1 else 1.0
+        step = step * along + int(along * share)
+    return next(n for n in itertools.count(step) if math.gcd(n, math.prod(tiles)) == 1)
+
+
+def _random_bits(key: jax.Array) -> jax.Array:
+    """Returns random bits, uint32, by a small hash of the key.
 
     It is MurmurHash3's finalizer, once for each word of the key. Threefry would be ten
     times as many instructions, which are compiled anew for every layer.
     """
     words = jax.random.key_data(key)
-    count = np.arange(math.prod(shape), dtype=np.uint32).reshape(shape)
 
     def mix(i: int | jax.Array, bits: jax.Array) -> jax.Array:
         bits ^= words[i]
@@ -186,7 +215,7 @@ def _random_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
     # On a CPU only a loop keeps the hash out of the large kernels that read the starts.
     bits = lax.platform_dependent(
-        words[-1] ^ (count * np.uint32(0x9E3779B9)),  # the golden ratio
+        words[-1],
         cpu=functools.partial(hashed, unroll=False),
         default=functools.partial(hashed, unroll=True),
     )

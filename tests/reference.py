@@ -66,6 +66,27 @@ def backward(
     return scale / std * (g - shares * (dbias + normal * dscale)), dscale, dbias
 
 
+def renormalized(
+    x: Array,
+    measured: Moments,
+    old: Moments,
+    weight: float,
+    r_max: float,
+    d_max: float,
+    epsilon: float = 1e-5,
+) -> tuple[Array, Array, Array]:
+    """Batch Renormalization's output, and its two corrections ``r`` and ``d``.
+
+    The running moments are ``old``; ``weight`` is how far the batch's move to them.
+    """
+    (mean, var), (old_mean, old_var) = measured, map(wide, old)
+    std = np.sqrt(var + epsilon)
+    target = np.sqrt((1 - weight) * var + weight * old_var + epsilon)
+    r = np.clip(std / target, 1 / r_max, r_max)
+    d = np.clip(weight * (mean - old_mean) / target, -d_max, d_max)
+    return (wide(x) - mean) / std * r + d, r, d
+
+
 def running(old: Array, new: Array, momentum: float) -> Array:
     """Exponential moving average after one more step."""
     return momentum * wide(old) + (1 - momentum) * wide(new)

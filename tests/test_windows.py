@@ -216,10 +216,38 @@ def test_tiles_cover_an_axis_and_the_last_one_moves_inwards(length, size, starts
     assert (abs(counts / len(KEYS) - share) <= 5 * deviation).all()
 
 
-def test_tiles_of_axes_and_draws_are_independent():
-    a, b = random_tiles(jax.random.key(0), [64, 64], [1, 1], (1000,))
-    assert abs(np.corrcoef(a, b)[0, 1]) < 5 / 1000**0.5
-    assert abs(np.corrcoef(a[:-1], a[1:])[0, 1]) < 5 / 1000**0.5
+def test_each_of_several_tiles_is_as_random_as_one():
+    starts = jax.vmap(lambda key: jnp.stack(random_tiles(key, [8, 4], [1, 1], 5)))(KEYS)
+    for rows, columns in np.moveaxis(starts, 0, -1).swapaxes(0, 1):
+        counts = np.histogram2d(rows, columns, bins=(8, 4))[0]
+        deviation = (len(KEYS) * (1 / 32) * (31 / 32)) ** 0.5
+        assert (abs(counts - len(KEYS) / 32) < 5 * deviation).all()
+
+
+@pytest.mark.parametrize("lengths", [[16], [8, 8], [4, 16], [7, 9], [4, 4, 4], [1, 64]])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_several_tiles_reach_each_place_equally_often(lengths, rounds):
+    tiles = math.prod(lengths)
+    starts = random_tiles(KEYS[0], lengths, [1] * len(lengths), rounds * tiles)
+    index = np.ravel_multi_index(
+        [np.broadcast_to(start, rounds * tiles) for start in starts], lengths
+    )
+    assert (np.bincount(index, minlength=tiles) == rounds).all()
+    assert len(set(index[:tiles].tolist())) == tiles
+
+
+@pytest.mark.parametrize(
+    "lengths", [[64], [8, 8], [14, 14], [56, 56], [112, 112], [7, 40], [16, 16, 16]]
+)
+@pytest.mark.parametrize("count", [8, 32])
+def test_a_few_tiles_are_far_apart(lengths, count):
+    starts = random_tiles(KEYS[0], lengths, [1] * len(lengths), count)
+    places = np.stack(starts, -1) / lengths
+    gaps = abs(places[:, None] - places)
+    gaps = np.minimum(gaps, 1 - gaps)  # around the border
+    distances = np.square(gaps).sum(-1) ** 0.5 + np.eye(count)
+    # A square lattice would have 1; half of independent draws are below 0.1 to 0.25.
+    assert distances.min() * count ** (1 / len(lengths)) > 0.3
 
 
 SEEDS = np.arange(4096)
@@ -239,13 +267,12 @@ BASE = jax.random.key(0)
 )
 def test_tiles_are_uniform_and_independent_whatever_the_keys(keys):
     starts = np.asarray(
-        jax.vmap(lambda key: jnp.stack(random_tiles(key, [7, 8], [1, 1], (2,))))(keys)
+        jax.vmap(lambda key: jnp.stack(random_tiles(key, [7, 8], [1, 1])))(keys)
     )
-    rows, columns = starts[:, 0], starts[:, 1]  # (keys, draws)
+    rows, columns = starts.T
     for one, other in (
-        (rows[:, 0], columns[:, 0]),  # axes
-        (rows[:, 0], rows[:, 1]),  # draws
-        (rows[:-1, 0], rows[1:, 0]),  # keys
+        (rows, columns),  # axes
+        (rows[:-1], rows[1:]),  # keys
     ):
         counts = np.histogram2d(one, other, bins=(one.max() + 1, other.max() + 1))[0]
         expected = len(one) / counts.size
@@ -256,6 +283,6 @@ def test_tiles_are_uniform_and_independent_whatever_the_keys(keys):
 
 
 def test_a_whole_axis_needs_no_draw():
-    starts = random_tiles(jax.random.key(0), [5, 4], [5, 2], (3,))
+    starts = random_tiles(jax.random.key(0), [5, 4], [5, 2], 3)
     assert starts[0] == 0
     chex.assert_shape(starts[1], (3,))

@@ -99,7 +99,7 @@ class LinenUnits:
         match self.method.kind:
             case "flax":
                 options = self._batch_norm()
-                del options["sampler"]
+                del options["sampler"], options["running_weight"]
                 return nn.BatchNorm(**options, name=name)
             case "batch":
                 return sbn.linen.BatchNorm(**self._batch_norm(), name=name)
@@ -119,6 +119,7 @@ class LinenUnits:
         return {
             "use_running_average": not self.train,
             "sampler": self.method.sampler,
+            "running_weight": self.method.running_weight,
             "dtype": self.dtype,
             **_BATCH_NORM,
         }
@@ -218,7 +219,7 @@ class NnxUnits:
         match self.method.kind:
             case "flax":
                 options = self._batch_norm()
-                del options["sampler"]
+                del options["sampler"], options["running_weight"]
                 return nnx.BatchNorm(features, **options)
             case "batch":
                 return sbn.nnx.BatchNorm(features, **self._batch_norm())
@@ -234,6 +235,7 @@ class NnxUnits:
     def _batch_norm(self) -> dict[str, Any]:
         return {
             "sampler": self.method.sampler,
+            "running_weight": self.method.running_weight,
             "dtype": self.dtype,
             "rngs": self.rngs,
             **_BATCH_NORM,

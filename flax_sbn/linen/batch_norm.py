@@ -20,8 +20,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nn.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.linen.BatchNorm` with one more field, ``sampler``; see there for the
-    others. In training, with :math:`S` the positions that the sampler chooses:
+    :class:`flax.linen.BatchNorm` with two more fields, ``sampler`` and
+    ``running_weight``; see there for the others. In training, with :math:`S` the
+    positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -39,11 +40,13 @@ class BatchNorm(nn.BatchNorm):
 
     Attributes:
       sampler: which positions are measured in training; None measures all of them.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
-      ValueError: if the sampler does not fit the input, ``axis`` is out of range, or
-        the rng stream ``'sampling'`` is missing and needed.
+      ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
+        is out of range, or the rng stream ``'sampling'`` is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -62,6 +65,7 @@ class BatchNorm(nn.BatchNorm):
     """
 
     sampler: Sampler | None = None
+    running_weight: float = 0.0
 
     @nn.compact
     def __call__(
@@ -90,7 +94,7 @@ class BatchNorm(nn.BatchNorm):
             return super().__call__(x, use_running_average, mask=mask)
 
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        if self.sampler is None:
+        if self.sampler is None and self.running_weight == 0:
             running = self.running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
@@ -133,6 +137,7 @@ class BatchNorm(nn.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
+            running_weight=self.running_weight,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )

@@ -63,6 +63,8 @@ class ConvNorm(nn.Module):
       conv_general_dilated_cls: makes the convolution to use.
       sampler: which positions of the output are measured in training; None measures
         all of them, and does not fold.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       activation: applied last, or None. :func:`flax.linen.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
 
@@ -115,6 +117,7 @@ class ConvNorm(nn.Module):
     conv_general_dilated: Any = None
     conv_general_dilated_cls: Any = None
     sampler: Sampler | None = None
+    running_weight: float = 0.0
     activation: Activation | None = None
 
     @nn.compact

@@ -47,6 +47,8 @@ class DenseNorm(nn.Module):
       dot_general_cls: makes the product to use.
       sampler: which rows of the output are measured in training; None measures all of
         them, and does not fold.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       activation: applied last, or None; see :class:`ConvNorm`.
 
     Raises:
@@ -91,6 +93,7 @@ class DenseNorm(nn.Module):
     dot_general: Any = None
     dot_general_cls: Any = None
     sampler: Sampler | None = None
+    running_weight: float = 0.0
     activation: Activation | None = None
 
     @nn.compact

@@ -78,6 +78,7 @@ def linear_norm(
         use_fast_variance=layer.use_fast_variance,
         force_float32_reductions=layer.force_float32_reductions,
         sampler=layer.sampler,
+        running_weight=layer.running_weight,
         name="norm",
     )
     if layer.is_initializing() or (layer.sampler is None and not evaluate):

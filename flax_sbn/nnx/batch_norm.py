@@ -20,8 +20,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.nnx.BatchNorm` with one more argument, ``sampler``; see there for the
-    others. In training, with :math:`S` the positions that the sampler chooses:
+    :class:`flax.nnx.BatchNorm` with two more arguments, ``sampler`` and
+    ``running_weight``; see there for the others. In training, with :math:`S` the
+    positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -39,14 +40,16 @@ class BatchNorm(nnx.BatchNorm):
     Args:
       num_features: number of features ``C``.
       sampler: which positions are measured in training; None measures all of them.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream).
       **options: those of :class:`flax.nnx.BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
-      ValueError: if the sampler does not fit the input, ``axis`` is out of range, or
-        the rng stream ``'sampling'`` is missing and needed.
+      ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
+        is out of range, or the rng stream ``'sampling'`` is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -68,11 +71,12 @@ class BatchNorm(nnx.BatchNorm):
         num_features: int,
         *,
         sampler: Sampler | None = None,
+        running_weight: float = 0.0,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
-        self.sampler = sampler
+        self.sampler, self.running_weight = sampler, running_weight
         self.rngs: nnx.RngStream | None = nnx.data(None)
         if needs_key(sampler):
             if "sampling" not in rngs and "default" not in rngs:
@@ -106,7 +110,8 @@ class BatchNorm(nnx.BatchNorm):
         if evaluate is None:
             evaluate = self.use_running_average
         running = self.running()
-        if self.sampler is None or evaluate or evaluate is None:
+        measures_all = self.sampler is None and self.running_weight == 0
+        if measures_all or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
                 self._set_running(keep_unmeasured(self.running(), running))
@@ -142,6 +147,7 @@ class BatchNorm(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
+            running_weight=self.running_weight,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )

@@ -13,7 +13,9 @@ from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
-_NORM_OPTIONS = set(inspect.signature(nnx.BatchNorm.__init__).parameters) - {
+_NORM_OPTIONS = (
+    set(inspect.signature(nnx.BatchNorm.__init__).parameters) | {"running_weight"}
+) - {
     "self",
     "num_features",
     "axis",
