@@ -1,8 +1,9 @@
 """A grid of trainings: every combination of the values that its options may take.
 
 A grid is a table of option names, each with one value or a list of them, written on a
-command line or in a TOML file. What one training is made of is an :class:`Experiment`,
-which also names it: results are found again by it.
+command line or in a TOML file. Where not all combinations are wanted, ``[[grids]]``
+follow in the file, each with what it adds to the options before them. What one training
+is made of is an :class:`Experiment`, which also names it: results are found by it.
 """
 
 import dataclasses
@@ -76,11 +77,13 @@ def read(path: Path) -> dict[str, Any]:
         raise GridError(f"Expected a grid in TOML in {path}: {error}.") from error
 
 
-def experiments(grid: Mapping[str, Any]) -> list[Experiment]:
+def experiments(grid: Mapping[str, Any], **given: Any) -> list[Experiment]:
     """Returns every combination, seeds changing fastest, each of them once.
 
     Args:
-      grid: a value or a list of them by option.
+      grid: a value or a list of them by option; under ``'grids'``, a list of tables
+        that are taken one by one with what stands beside them.
+      **given: options that replace those of the grid.
 
     Raises:
       GridError: if an option does not exist, or a value does not fit it.
@@ -90,6 +93,15 @@ def experiments(grid: Mapping[str, Any]) -> list[Experiment]:
       >>> [(experiment.norm, experiment.seed) for experiment in found]
       [('bn', 0), ('bn', 1), ('gn', 0), ('gn', 1)]
     """
+    shared = {name: values for name, values in grid.items() if name != "grids"}
+    grids = grid.get("grids", [{}])
+    if not isinstance(grids, list) or not all(isinstance(one, dict) for one in grids):
+        raise GridError(f"Expected [[grids]], a list of tables, got {grids!r}.")
+    found = [one for more in grids for one in _product({**shared, **more, **given})]
+    return list(dict.fromkeys(found))
+
+
+def _product(grid: Mapping[str, Any]) -> Iterator[Experiment]:
     if unknown := set(grid) - set(OPTIONS):
         raise GridError(
             f"Expected options among {', '.join(OPTIONS)}, got "
@@ -97,11 +109,8 @@ def experiments(grid: Mapping[str, Any]) -> list[Experiment]:
         )
     names = sorted(grid, key=list(OPTIONS).index)
     values = [list(_checked(name, grid[name])) for name in names]
-    combined = (
-        Experiment(**dict(zip(names, chosen, strict=True)))
-        for chosen in itertools.product(*values)
-    )
-    return list(dict.fromkeys(combined))
+    for chosen in itertools.product(*values):
+        yield Experiment(**dict(zip(names, chosen, strict=True)))
 
 
 def _checked(name: str, values: Any) -> Iterator[Any]:

@@ -35,6 +35,8 @@ class Settings:
       weight_decay: of kernels.
       dtype: of the computation.
       augment: random crops and flips.
+      fresh_virtual: whether virtual rows are drawn anew in each step, instead of being
+        the same all the time.
     """
 
     model: str = "resnet8"
@@ -47,6 +49,7 @@ class Settings:
     weight_decay: float = 5e-4
     dtype: str = "float32"
     augment: bool = False
+    fresh_virtual: bool = True
 
 
 class Network(Protocol):

@@ -9,6 +9,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -72,6 +73,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="trainings at a time, each in a process of its own (default: 1)",
     )
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="N",
+        help="seeds of one setting that train side by side in each training, by vmap: "
+        "faster for dense layers, slower for convolutions (default: 1)",
+    )
     options = parser.add_argument_group(
         "the grid", "Each takes one value or several; in parentheses the default."
     )
@@ -85,8 +94,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             help=f"({getattr(default, name)})",
         )
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    for name in ("jobs", "together"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     return args
 
 
@@ -97,8 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         table = grid.read(args.grid) if args.grid else {}
         given = {n: getattr(args, n) for n in grid.OPTIONS if getattr(args, n)}
-        wanted = grid.experiments({**table, **given})
-        check(wanted, args.data_dir)
+        wanted = grid.experiments(table, **given)
+        # Nothing is checked twice, nor made where something cannot be trained.
+        done = journal.read(args.results) if args.results.exists() else []
+        check(missing(wanted, done), args.data_dir)
         with journal.opened(args.results) as results:
             if results.message:
                 console.print(results.message)
@@ -117,6 +129,12 @@ def check(wanted: list[Experiment], data_dir: Path | None) -> None:
         make_trainer(setting, data_dir)
 
 
+def missing(wanted: list[Experiment], records: list[Record]) -> list[Experiment]:
+    """Returns the experiments that are not among the results yet."""
+    done = set(map(experiment_of, records))
+    return [experiment for experiment in wanted if experiment not in done]
+
+
 def run(
     wanted: list[Experiment],
     results: journal.Journal,
@@ -124,11 +142,10 @@ def run(
     console: Console,
 ) -> int:
     """Trains what is not among the results yet."""
-    done = {experiment_of(record) for record in results.records}
-    missing = [experiment for experiment in wanted if experiment not in done]
-    before = len(wanted) - len(missing)
+    todo = missing(wanted, results.records)
+    before = len(wanted) - len(todo)
     status = 0
-    if not missing:
+    if not todo:
         console.print(f"All {len(wanted)} trainings are in {args.results} already.")
     elif before:
         console.print(f"{before} of {len(wanted)} trainings are in {args.results}.")
@@ -141,7 +158,7 @@ def run(
     with Live(get_renderable=shown, console=console, transient=True) as live:
         try:
             advance = functools.partial(progress.advance, task)
-            for record in trained(missing, args, advance):
+            for record in trained(todo, args, advance):
                 results.append(record)
                 options = record["experiment"]
                 live.console.print(
@@ -160,53 +177,72 @@ def run(
 
 
 def trained(
-    missing: list[Experiment],
+    todo: list[Experiment],
     args: argparse.Namespace,
     advance: Callable[[float], None],
 ) -> Iterator[Record]:
     """Yields the results of the experiments as they come."""
+    groups: list[list[Experiment]] = []
+    for _, seeds in itertools.groupby(todo, setting_of):
+        same = list(seeds)
+        for i in range(0, len(same), args.together):
+            groups.append(same[i : i + args.together])
     if args.jobs == 1:
-        for experiment in missing:
-            yield train(experiment, args.data_dir, advance)
+        for group in groups:
+            yield from train(group, args.data_dir, advance)
         return
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
-        futures = [pool.submit(train, one, args.data_dir) for one in missing]
+        futures = [pool.submit(train, group, args.data_dir) for group in groups]
         try:
             for future in concurrent.futures.as_completed(futures):
-                yield future.result()
+                yield from future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 def train(
-    experiment: Experiment,
+    experiments: Sequence[Experiment],
     data_dir: Path | None,
     advance: Callable[[float], None] | None = None,
-) -> Record:
-    """Trains once, telling what share of it each epoch was, and returns the result."""
-    trainer = make_trainer(setting_of(experiment), data_dir)
+) -> list[Record]:
+    """Trains a setting with one seed or several, and returns the result of each.
+
+    Args:
+      experiments: different in their seeds only.
+      data_dir: see :func:`load`.
+      advance: told after each epoch how many trainings that was.
+    """
+    trainer = make_trainer(setting_of(experiments[0]), data_dir)
     begin = time.monotonic()
+    seeds = [experiment.seed for experiment in experiments]
     epochs = []
-    for now in trainer.train(experiment.seed):
-        if now.done:
+    for now in trainer.train_together(seeds):
+        if now[0].done:
             epochs.append(now)
             if advance:
-                advance(1 / experiment.epochs)
-    return {
-        "experiment": dataclasses.asdict(experiment),
-        "train_loss": [epoch.loss for epoch in epochs],
-        "train_accuracy": [epoch.accuracy for epoch in epochs],
-        "test_accuracy": [epoch.test_accuracy for epoch in epochs],
-        "best_test_accuracy": max(epoch.test_accuracy or 0.0 for epoch in epochs),
-        "seconds": time.monotonic() - begin,
+                advance(len(seeds) / trainer.settings.epochs)
+    rates = [now[0].images_per_second for now in epochs]
+    common = {
+        "seconds": (time.monotonic() - begin) / len(seeds),
         # The first epoch compiles, unless another seed did.
-        "images_per_second": statistics.median(
-            epoch.images_per_second for epoch in epochs
-        ),
+        "images_per_second": statistics.median(rates),
+        "together": len(seeds),
         "measured": trainer.measured,
         **describe_device(),
     }
+    curves = zip(*epochs, strict=True)
+    return [
+        {
+            "experiment": dataclasses.asdict(experiment),
+            "train_loss": [epoch.loss for epoch in curve],
+            "train_accuracy": [epoch.accuracy for epoch in curve],
+            "test_accuracy": [epoch.test_accuracy for epoch in curve],
+            "best_test_accuracy": max(epoch.test_accuracy or 0.0 for epoch in curve),
+            **common,
+        }
+        for experiment, curve in zip(experiments, curves, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=1)

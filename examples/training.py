@@ -1,13 +1,13 @@
 """One training run: the jitted step, evaluation, and the loop that reports progress.
 
 Everything lives on the device: the images as uint8, the epoch's order, the totals of
-loss and accuracy. The host dispatches one compiled step after the other and looks at
-the totals a few times a second.
+loss and accuracy. The host dispatches compiled steps, many at a time on an accelerator,
+and looks at the totals a few times a second. Several seeds can train side by side.
 """
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,8 @@ from networks import NETWORKS, Network, Settings
 
 _REFRESH_SECONDS = 0.25
 _EVAL_BATCH = 500
+# One after the other on a CPU, where a convolution in a loop is many times slower.
+_MOST_STEPS = 50
 
 
 class DeviceData(NamedTuple):
@@ -86,11 +88,33 @@ class Epoch(NamedTuple):
         return self.test_accuracy is not None
 
 
+class _Programs(NamedTuple):
+    """What is compiled, for one state or for several side by side."""
+
+    init: Any
+    start_epoch: Any
+    step: Any
+    evaluate: Any
+
+
 class Trainer:
     """Trains a network with one method; compiles once for all seeds."""
 
-    def __init__(self, settings: Settings, method: Method, data: DeviceData) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        method: Method,
+        data: DeviceData,
+        most_steps: int | None = None,
+    ) -> None:
         """Checks that the method fits the settings, without computing anything.
+
+        Args:
+          settings: what all runs have in common.
+          method: the normalization.
+          data: images and labels.
+          most_steps: how many steps the host may dispatch at a time; by default 1 on a
+            CPU and some dozen elsewhere.
 
         Raises:
           ValueError: if it does not: a sample larger than the batch, for instance.
@@ -113,42 +137,66 @@ class Trainer:
         self.network = self._network(method)
         self.optimizer = _optimizer(settings, self.steps)
         self.measured = self._measured()
-        self.step = jax.jit(self._step, donate_argnums=0)
-        self._init = jax.jit(self._initial)
-        self._evaluate = jax.jit(self._correct)
-        self._start_epoch = jax.jit(self._shuffle, donate_argnums=0)
+        if most_steps is None:
+            most_steps = 1 if jax.default_backend() == "cpu" else _MOST_STEPS
+        most_steps = min(most_steps, self.steps)
+        self.stride = next(n for n in range(most_steps, 0, -1) if self.steps % n == 0)
+        self._alone = self._programs(lambda function, _: function)
+        self._together = self._programs(jax.vmap)
+        self.step = self._alone.step
 
     def init(self, seed: int) -> State:
         """Returns the state before the first step."""
-        return self._init(jax.random.key(seed))
+        return self._alone.init(jax.random.key(seed))
 
     def train(self, seed: int) -> Iterator[Epoch]:
         """Trains from the start; yields progress a few times a second."""
-        state = self.init(seed)
+        for (now,) in self.train_together([seed]):
+            yield now
+
+    def train_together(self, seeds: Sequence[int]) -> Iterator[tuple[Epoch, ...]]:
+        """Trains with several seeds side by side; yields progress of each."""
+        run = self._alone if len(seeds) == 1 else self._together
+        keys = jax.vmap(jax.random.key)(np.array(seeds, np.uint32))
+        state = run.init(keys[0] if len(seeds) == 1 else keys)
         for epoch in range(1, self.settings.epochs + 1):
-            state = self._start_epoch(state)
+            state = run.start_epoch(state)
             begin = shown = time.monotonic()
-            for step in range(1, self.steps + 1):
-                state = self.step(state, self.data.images, self.data.labels)
+            for step in range(self.stride, self.steps + 1, self.stride):
+                state = run.step(state, self.data.images, self.data.labels)
                 if time.monotonic() - shown > _REFRESH_SECONDS and step < self.steps:
                     yield self._progress(state, epoch, step, begin)
                     shown = time.monotonic()
-            progress = self._progress(state, epoch, self.steps, begin)
-            yield progress._replace(test_accuracy=self.test_accuracy(state))
+            now = self._progress(state, epoch, self.steps, begin)
+            correct = sum(
+                run.evaluate(state.params, state.rest, *batch)
+                for batch in self.data.test
+            )
+            shares = np.atleast_1d(correct) / self.data.num_test
+            yield tuple(
+                one._replace(test_accuracy=float(share))
+                for one, share in zip(now, shares, strict=True)
+            )
 
-    def test_accuracy(self, state: State) -> float:
-        """Returns the share of test images that are classified correctly."""
-        correct = [
-            self._evaluate(state.params, state.rest, *batch) for batch in self.data.test
-        ]
-        return float(sum(correct)) / self.data.num_test
-
-    def _progress(self, state: State, epoch: int, step: int, begin: float) -> Epoch:
-        loss, correct = jax.device_get((state.loss, state.correct))
+    def _progress(
+        self, state: State, epoch: int, step: int, begin: float
+    ) -> tuple[Epoch, ...]:
         seen = step * self.settings.batch_size
-        rate = seen / (time.monotonic() - begin)
-        return Epoch(
-            epoch, step, self.steps, float(loss) / seen, float(correct) / seen, rate
+        totals = jax.device_get((state.loss, state.correct))
+        losses, accuracies = (np.atleast_1d(total) / seen for total in totals)
+        rate = len(losses) * seen / (time.monotonic() - begin)
+        return tuple(
+            Epoch(epoch, step, self.steps, float(loss), float(accuracy), rate)
+            for loss, accuracy in zip(losses, accuracies, strict=True)
+        )
+
+    def _programs(self, over: Callable[..., Any]) -> _Programs:
+        """Compiles what ``over(function, axes)`` makes of each function."""
+        return _Programs(
+            jax.jit(over(self._initial, (0,))),
+            jax.jit(over(self._shuffle, (0,)), donate_argnums=0),
+            jax.jit(over(self._steps, (0, None, None)), donate_argnums=0),
+            jax.jit(over(self._correct, (0, 0, None, None))),
         )
 
     def _initial(self, key: jax.Array) -> State:
@@ -168,6 +216,16 @@ class Trainer:
     def _network(self, method: Method) -> Network:
         network = NETWORKS[self.settings.api]
         return network(self.settings, method, self.shape, self.data.num_classes)
+
+    def _steps(self, state: State, images: jax.Array, labels: jax.Array) -> State:
+        """Returns the state after as many steps as are dispatched at a time."""
+        if self.stride == 1:
+            return self._step(state, images, labels)
+
+        def body(state: State, _: None) -> tuple[State, None]:
+            return self._step(state, images, labels), None
+
+        return jax.lax.scan(body, state, length=self.stride)[0]
 
     def _step(
         self, state: State, all_images: jax.Array, all_labels: jax.Array
@@ -236,6 +294,8 @@ class Trainer:
         # VDN is these three lines: append at the input, measure in the layers (the
         # sampler says so), drop before the loss.
         count, strata = virtual.num_virtual, virtual.strata
+        if not self.settings.fresh_virtual:
+            virtual_key = jax.random.key(0)
         noise = sbn.virtual_samples(virtual_key, count, x.shape[1:])
         x = sbn.append_virtual(x, noise, strata)
         logits, rest = self.network.train(params, rest, x, sampling_key)

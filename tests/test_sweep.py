@@ -208,3 +208,36 @@ def test_smaller_images_are_means_of_blocks():
 
 def test_an_experiment_of_an_older_file_has_newer_options_by_default():
     assert sweep.experiment_of({"experiment": {"seed": 3}}) == Experiment(seed=3)
+
+
+def test_grids_of_a_file_share_what_stands_before_them(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'norm = ["bn", "gn"]\nseed = [0, 1]\n'
+        '[[grids]]\nrows = [2, 4]\n[[grids]]\nnorm = "bn"\n'
+    )
+    found = grid.experiments(grid.read(path), seed=3)
+    assert [(e.norm, e.rows, e.seed) for e in found] == [
+        ("bn", 2, 3),
+        ("gn", 2, 3),
+        ("bn", 4, 3),
+        ("gn", 4, 3),
+        ("bn", None, 3),
+    ]
+
+
+@pytest.mark.parametrize("grids", [3, [3], {"norm": "bn"}])
+def test_grids_of_another_form_are_refused(grids):
+    with pytest.raises(GridError, match="a list of tables"):
+        grid.experiments({"grids": grids})
+
+
+def test_seeds_train_side_by_side_as_they_would_alone(tmp_path):
+    together, alone = tmp_path / "together.jsonl", tmp_path / "alone.jsonl"
+    args = [*SMALL, "--norm", "bn", "bs:8", "--seed", "0", "1", "2"]
+    assert sweep.main([*args, "--together", "2", "--results", str(together)]) == 0
+    assert sweep.main([*args, "--results", str(alone)]) == 0
+    for one, same in zip(lines(together), lines(alone), strict=True):
+        assert one["experiment"] == same["experiment"]
+        np.testing.assert_allclose(one["train_loss"], same["train_loss"], rtol=1e-4)
+    assert [line["together"] for line in lines(together)] == [2, 2, 1] * 2

@@ -1,6 +1,7 @@
 """The training example: what it is told, what it does, what it leaves behind."""
 
 import csv
+import dataclasses
 import json
 import re
 
@@ -274,3 +275,63 @@ def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:
     assert row["seeds"] == 2
     assert row["test_accuracy"] == pytest.approx(0.85)
     assert row["spread"] == pytest.approx(np.std([0.8, 0.9], ddof=1))
+
+
+@pytest.mark.parametrize("name", ["bn", "bs:8"])
+def test_many_steps_in_one_dispatch_are_the_same_steps(name) -> None:
+    settings = Settings(model="mlp", width=16, epochs=2, batch_size=40)
+    few, many = (
+        Trainer(settings, methods.parse(name), DIGITS, most_steps=most)
+        for most in (1, 10)
+    )
+    assert (few.stride, many.stride) == (1, 6)
+    assert few.steps % many.stride == 0
+    first, second = ([e for e in t.train(0) if e.done] for t in (few, many))
+    assert len(first) == len(second) == 2
+    for one, same in zip(first, second, strict=True):
+        assert one.loss == pytest.approx(same.loss, rel=1e-5)
+        assert one.test_accuracy == pytest.approx(same.test_accuracy, abs=0.01)
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
+    trainer = small_trainer("vdn:4", model="mlp", fresh_virtual=fresh)
+    state, images = trainer.init(0), trainer.data.images[:32]
+    one, other = (
+        trainer._logits(state.params, state.rest, images, state.key, key)[0]
+        for key in jax.random.split(state.key)
+    )
+    assert (one != other).any() == fresh
+
+
+def test_a_weight_of_the_running_statistics_may_follow_a_method() -> None:
+    method = methods.parse("fs:1/64~3/4")
+    assert method.name == "fs:1/64~3/4"
+    assert method.sampler == sbn.FeatureSampling(1 / 64)
+    assert method.running_weight == 0.75
+    assert methods.parse("BatchSampling(8)~0.5").running_weight == 0.5
+    assert methods.parse("bn~1").sampler is None
+    assert methods.parse("bn").running_weight == 0
+
+
+@pytest.mark.parametrize("text", ["gn~0.5", "bn~", "bn~2", "bn~-1", "bn~1/0", "bn~nan"])
+def test_another_weight_is_refused(text) -> None:
+    with pytest.raises(ValueError, match="Expected a weight in"):
+        methods.parse(text)
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+@pytest.mark.parametrize("folded", [False, True])
+def test_the_weight_reaches_the_layers(api, folded) -> None:
+    plain, moved = (
+        dataclasses.replace(methods.parse(name), folded=folded)
+        for name in ("bs:8", "bs:8~3/4")
+    )
+    losses = [
+        list(Trainer(Settings(width=16, epochs=1, api=api), method, DIGITS).train(0))[
+            -1
+        ]
+        for method in (plain, moved)
+    ]
+    assert losses[0].loss != losses[1].loss
+    assert np.isfinite(losses[1].loss)
