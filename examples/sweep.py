@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -191,6 +192,8 @@ def trained(
         for group in groups:
             yield from train(group, args.data_dir, advance)
         return
+    # Each process would take most of a GPU's memory for itself.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
     with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
         futures = [pool.submit(train, group, args.data_dir) for group in groups]

@@ -295,7 +295,7 @@ def test_many_steps_in_one_dispatch_are_the_same_steps(name) -> None:
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
-    trainer = small_trainer("vdn:4", model="mlp", fresh_virtual=fresh)
+    trainer = small_trainer("vdn:4", model="mlp", rows=32, fresh_virtual=fresh)
     state, images = trainer.init(0), trainer.data.images[:32]
     one, other = (
         trainer._logits(state.params, state.rest, images, state.key, key)[0]
