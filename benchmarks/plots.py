@@ -14,8 +14,8 @@ Report = dict[str, Any]
 # Ink and soft ink, on the light and the dark page.
 THEMES = {"light": ("#1f2328", "#59636e"), "dark": ("#e6e9ed", "#9aa4b0")}
 # Okabe & Ito's colours, which colour-blind readers tell apart.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_SVG: Any = {"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"}
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+SVG: Any = {"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"}
 _ROW = 0.2  # height of a bar in inches
 _TRAFFIC = {"HBM traffic": "traffic_bytes", "temporary memory": "temp_bytes"}
 _CUT = 3.0  # longer bars are cut; their text tells
@@ -104,7 +104,7 @@ def files(report: Report) -> dict[str, str]:
 def draw(report: Report, folder: Path) -> None:
     """Draws the chart of a report, if it has one."""
     for theme, name in files(report).items():
-        with mpl.rc_context(_SVG):
+        with mpl.rc_context(SVG):
             figure = _figure(CHARTS[report["benchmark"]](report), *THEMES[theme])
             figure.savefig(
                 folder / name,
@@ -130,7 +130,7 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
             for name, (value, text) in bars.items():
                 number = series.index(name)
                 y = i + (number - (len(series) - 1) / 2) / slots
-                axes.barh(y, value, height=0.9 / slots, color=_COLOURS[number])
+                axes.barh(y, value, height=0.9 / slots, color=COLOURS[number])
                 axes.text(  # in a column of its own, where no bar or line is
                     1.01,
                     y,
@@ -152,7 +152,7 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
     axes.set_xlabel(chart.axis, color=ink, fontsize=9.5)
     handles: list[Any] = [Line2D([], [], color=ink, linestyle="--", label="flax BN")]
     if len(series) > 1:
-        handles += [Patch(color=_COLOURS[i], label=n) for i, n in enumerate(series)]
+        handles += [Patch(color=COLOURS[i], label=n) for i, n in enumerate(series)]
     figure.legend(
         handles=handles,
         loc="outside upper right",

@@ -1,9 +1,9 @@
-"""Writes the committed results into docs/benchmarks.md: tables, captions and charts.
+"""Writes the committed results into the documentation: tables, captions and charts.
 
-Reads the JSON of benchmarks/results and replaces what stands between the markers of the
-page, such as ``<!-- begin: block -->`` and ``<!-- end -->``; the rest of the page is
-left alone. Of each device and case the newest result counts. ``--check`` writes
-nothing and fails if the page is not up to date.
+``docs/benchmarks.md`` gets those of benchmarks/results, the newest of each device and
+case; ``docs/accuracy.md`` those of the studies in examples/. What stands between the
+markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced,
+and the rest left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -11,54 +11,100 @@ import collections
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import curves
 import plots
+import studies
 import tables
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "benchmarks.md"
 
 # What tells reports and cases apart: of equal ones the newest is shown.
 _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape")
-_CHART = "bench"  # what the names of all charts begin with
+_BENCH, _STUDY = "bench", "study"  # what the names of charts begin with
 
 Report = dict[str, Any]
 
 
+class Page(NamedTuple):
+    """A page of the documentation, and what is to stand on it.
+
+    Attributes:
+      path: of the page.
+      charts: what the names of all its charts begin with.
+      sections: texts by the names of their markers.
+      draw: draws the charts into a folder.
+    """
+
+    path: Path
+    charts: str
+    sections: dict[str, str]
+    draw: Callable[[Path], None]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Updates or checks the page and returns the exit status."""
+    """Updates or checks the pages and returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
-    args = parser.parse_args(argv)
-
-    reports = newest(read(args.results))
-    old = args.page.read_text()
-    new = replace_sections(
-        old, {kind: section(kind, reports) for kind in tables.TABLES}
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, metavar="DIR", help="of the repository"
     )
-    static = args.page.parent / "_static"
-    charts = {static / name for name in re.findall(rf"_static/({_CHART}[\w.-]+)", new)}
-    there = set(static.glob(f"{_CHART}-*"))
-    if args.check:
-        if new == old and charts == there:
-            return 0
-        print(f"{args.page} is out of date: run {Path(__file__).name}", file=sys.stderr)
-        return 1
-    for report in reports:
-        plots.draw(report, static)
-    for path in there - charts:
-        path.unlink()
-    args.page.write_text(new)
-    return 0
+    args = parser.parse_args(argv)
+    pages = benchmarks_page(args.root), accuracy_page(args.root)
+    old = [page for page in pages if not update(page, write=not args.check)]
+    for page in old if args.check else ():
+        print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
+    return int(args.check and bool(old))
+
+
+def benchmarks_page(root: Path) -> Page:
+    """Returns the page of times and traffic."""
+    reports = newest(read(root / "benchmarks" / "results"))
+
+    def draw(folder: Path) -> None:
+        for report in reports:
+            plots.draw(report, folder)
+
+    sections = {kind: section(kind, reports) for kind in tables.TABLES}
+    return Page(root / "docs" / "benchmarks.md", _BENCH, sections, draw)
+
+
+def accuracy_page(root: Path) -> Page:
+    """Returns the page of accuracies."""
+    found = studies.read(root / "examples")
+
+    def draw(folder: Path) -> None:
+        for study in found:
+            curves.draw(study, _STUDY, folder)
+
+    sections = {}
+    for study in found:
+        charts = curves.files(study, _STUDY)
+        shown = images(charts, curves.ALT.get(study.kind, ""))
+        sections[study.name] = studies.section(study, shown)
+    return Page(root / "docs" / "accuracy.md", _STUDY, sections, draw)
+
+
+def update(page: Page, *, write: bool) -> bool:
+    """Writes a page and its charts, if wanted; returns whether they were up to date."""
+    old = page.path.read_text()
+    new = replace_sections(old, page.sections)
+    static = page.path.parent / "_static"
+    named = re.findall(rf"_static/({page.charts}[\w.-]+)", new)
+    charts = {static / name for name in named}
+    there = set(static.glob(f"{page.charts}-*"))
+    if write:
+        page.draw(static)
+        for path in there - charts:
+            path.unlink()
+        page.path.write_text(new)
+    return new == old and charts == there
 
 
 def read(folder: Path) -> list[Report]:
@@ -93,7 +139,7 @@ def newest(reports: Sequence[Report]) -> list[Report]:
         seen.update(cases)
         if not rows:
             continue
-        stem = re.sub(r"\W+", "-", " ".join((_CHART, *about))).lower()
+        stem = re.sub(r"\W+", "-", " ".join((_BENCH, *about))).lower()
         count[stem] += 1
         if count[stem] > 1:
             stem += f"-{count[stem]}"
@@ -107,7 +153,8 @@ def section(kind: str, reports: Sequence[Report]) -> str:
     chosen.sort(key=lambda report: report.get("platform") == "cpu")  # those come last
     parts = []
     for report in chosen:
-        parts += [caption(report), *images(report), tables.TABLES[kind](report)]
+        charts = images(plots.files(report), report["what"])
+        parts += [caption(report), *charts, tables.TABLES[kind](report)]
     return "\n\n".join(parts or ["No results yet."])
 
 
@@ -124,12 +171,11 @@ def caption(report: Report) -> str:
     return f"**{where}, {report['dtype']}**, {date}{rounds}; {versions}."
 
 
-def images(report: Report) -> list[str]:
-    """Returns the chart of a report, if it has one, for each theme of the page."""
+def images(files: Mapping[str, str], alt: str) -> list[str]:
+    """Returns a chart for each theme of the page, given its files by theme."""
     return [
-        f"```{{image}} _static/{name}\n:class: only-{theme}\n"
-        f":alt: {report['what']}\n```"
-        for theme, name in plots.files(report).items()
+        f"```{{image}} _static/{name}\n:class: only-{theme}\n:alt: {alt}\n```"
+        for theme, name in files.items()
     ]
 
 

@@ -28,7 +28,7 @@ PANELS = {
     "NS": sbn.NaiveSampling(2),
     "BS": sbn.BatchSampling(2),
     "FS, groups=1": sbn.FeatureSampling(1 / 16, groups=1),
-    "FS, groups=8": FS,
+    "FS": FS,
     "VDN": VDN,
     "FS + VDN": sbn.MixedSampling(FS, VDN),
 }
@@ -36,7 +36,7 @@ NOTES = {
     "NS": "the last rows, always",
     "BS": "a run of rows, drawn anew",
     "FS, groups=1": "one patch for every row",
-    "FS, groups=8": "a patch for each run of rows",
+    "FS": "a patch for every row",
     "VDN": "virtual rows only",
     "FS + VDN": "both, half the weight each",
 }

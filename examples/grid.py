@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import methods
+from journal import Record
 from methods import Method
 from models import LINEN
 from networks import DTYPES, NETWORKS, Settings
@@ -111,6 +112,26 @@ def _product(grid: Mapping[str, Any]) -> Iterator[Experiment]:
     values = [list(_checked(name, grid[name])) for name in names]
     for chosen in itertools.product(*values):
         yield Experiment(**dict(zip(names, chosen, strict=True)))
+
+
+def experiment_of(record: Record) -> Experiment:
+    """Returns the experiment of a result; newer options have their defaults."""
+    return Experiment(**record["experiment"])
+
+
+def setting_of(experiment: Experiment) -> Experiment:
+    """Returns what the trainings with all seeds have in common."""
+    return dataclasses.replace(experiment, seed=0)
+
+
+def varied(experiments: Sequence[Experiment]) -> list[str]:
+    """Returns the options in which experiments differ, the norm at least."""
+    names = [
+        name
+        for name in OPTIONS
+        if len({getattr(experiment, name) for experiment in experiments}) > 1
+    ]
+    return names or ["norm"]
 
 
 def _checked(name: str, values: Any) -> Iterator[Any]:

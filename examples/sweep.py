@@ -33,7 +33,7 @@ from rich.table import Table
 import grid
 import journal
 from data import DataError, Dataset, load_cifar10, load_digits
-from grid import Experiment
+from grid import Experiment, experiment_of, setting_of, varied
 from journal import JournalError, Record
 from measuring import describe_device
 from training import DeviceData, Trainer, to_device
@@ -271,26 +271,6 @@ def whole(name: str, data_dir: Path | None) -> Dataset:
         return load_digits()
     assert data_dir is not None
     return load_cifar10(data_dir)
-
-
-def experiment_of(record: Record) -> Experiment:
-    """Returns the experiment of a result; newer options have their defaults."""
-    return Experiment(**record["experiment"])
-
-
-def setting_of(experiment: Experiment) -> Experiment:
-    """Returns what the trainings with all seeds have in common."""
-    return dataclasses.replace(experiment, seed=0)
-
-
-def varied(experiments: list[Experiment]) -> list[str]:
-    """Returns the options in which experiments differ, the norm at least."""
-    names = [
-        name
-        for name in grid.OPTIONS
-        if len({getattr(experiment, name) for experiment in experiments}) > 1
-    ]
-    return names or ["norm"]
 
 
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:

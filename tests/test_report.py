@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import grid
 import report
+import studies
 import tables
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +20,13 @@ ABOUT = {
     "versions": {"jax": "0.10.2"},
     "what": "time against flax's",
 }
+
+
+STUDY = """
+norm = ["bn", "bs:4", "fs:1/64~3/4", "gn"]
+seed = [0, 1]
+epochs = 4
+"""
 
 
 def step(model: str, variant: str, ratio: float | None, **fields) -> dict:
@@ -45,8 +54,15 @@ def folder(tmp_path) -> Path:
     markers = "".join(
         f"<!-- begin: {kind} -->\n<!-- end -->\n" for kind in tables.TABLES
     )
-    (tmp_path / "page.md").write_text(f"# Mine\n{markers}The end.\n")
-    (tmp_path / "_static").mkdir()
+    results_of, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
+    (docs / "_static").mkdir(parents=True)
+    (docs / "benchmarks.md").write_text(f"# Mine\n{markers}The end.\n")
+    (docs / "accuracy.md").write_text(
+        "# Mine\n<!-- begin: ratio-short -->\n<!-- end -->\n"
+    )
+    results_of.mkdir(parents=True)
+    (tmp_path / "examples" / "studies").mkdir(parents=True)
+    (tmp_path / "examples" / "studies" / "ratio-short.toml").write_text(STUDY)
     for day, speed in ("01", 0.9), ("02", 0.5):
         rows = [
             step("resnet50", "flax BN", 1.0),
@@ -55,19 +71,18 @@ def folder(tmp_path) -> Path:
         if day == "01":
             rows.append(step("resnet18", "flax BN", None, error="out of memory"))
         content = json.dumps(results(f"2026-11-{day}", *rows))
-        (tmp_path / f"{day}.json").write_text(content)
+        (results_of / f"{day}.json").write_text(content)
     return tmp_path
 
 
 def run(folder: Path, *more: str) -> int:
-    argv = ["--results", str(folder), "--page", str(folder / "page.md"), *more]
-    return report.main(argv)
+    return report.main(["--root", str(folder), *more])
 
 
 def test_the_page_shows_the_newest_results_between_its_markers(folder) -> None:
     assert run(folder, "--check") == 1
     assert run(folder) == 0
-    page = (folder / "page.md").read_text()
+    page = (folder / "docs" / "benchmarks.md").read_text()
     assert page.startswith("# Mine\n<!-- begin: ")
     assert page.endswith("<!-- end -->\nThe end.\n")
     caption = (
@@ -85,28 +100,89 @@ def test_the_page_shows_the_newest_results_between_its_markers(folder) -> None:
 def test_check_fails_when_anything_is_out_of_date(folder) -> None:
     run(folder)
     assert run(folder, "--check") == 0
-    chart = next(folder.glob("_static/bench*-dark.svg"))
+    chart = next(folder.glob("docs/_static/bench*-dark.svg"))
     chart.unlink()
     assert run(folder, "--check") == 1
     run(folder)
-    (folder / "03.json").write_text(
+    (folder / "benchmarks" / "results" / "03.json").write_text(
         json.dumps(results("2026-11-03", step("resnet50", "flax BN", 1.0)))
     )
     assert run(folder, "--check") == 1
 
 
 def test_charts_that_the_page_no_longer_shows_are_removed(folder) -> None:
-    old = folder / "_static" / "bench-train_step-old-light.svg"
+    old = folder / "docs" / "_static" / "bench-train_step-old-light.svg"
     old.touch()
     run(folder)
     assert not old.exists()
 
 
 def test_a_page_without_the_markers_is_an_error(folder) -> None:
-    (folder / "page.md").write_text("# Mine\n")
+    (folder / "docs" / "benchmarks.md").write_text("# Mine\n")
     with pytest.raises(ValueError, match="begin: "):
         run(folder)
 
 
-def test_the_committed_page_is_up_to_date() -> None:
+def trained(norm: str, seed: int, accuracy: float, loss: float) -> str:
+    """A line of results of a training."""
+    return json.dumps(
+        {
+            "experiment": {"norm": norm, "seed": seed, "epochs": 4},
+            "train_loss": [9.0, 8.0, 3.0, loss],
+            "test_accuracy": [0.1, 0.2, 0.3, accuracy],
+            "measured": 0.25,
+            "date": "2026-11-03",
+            **ABOUT,
+        }
+    )
+
+
+def test_a_study_is_compared_with_batch_norm_seed_by_seed(folder) -> None:
+    path = folder / "examples" / "results" / "short.jsonl"
+    path.parent.mkdir()
+    lines = [
+        trained("bn", 0, 0.50, 1.0),
+        trained("bn", 1, 0.60, 1.1),
+        trained("bs:4", 0, 0.48, 1.3),
+        trained("bs:4", 1, 0.56, 1.5),
+        trained("fs:1/64~3/4", 1, 0.61, 1.0),
+        trained("bs:2", 0, 0.99, 0.0),  # of another study
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    assert run(folder) == 0
+    page = (folder / "docs" / "accuracy.md").read_text()
+    assert "**Short protocol**: resnet8, all training images of digits" in page
+    assert "5 trainings (3 more are not done) on Some GPU" in page
+    rows = [line.replace(" ", "") for line in page.splitlines() if "`" in line[:3]]
+    rows = [row for row in rows if row.startswith("|")]
+    assert rows == [
+        "|`bn`|25.0%|55.0±7.1|-|3.00±0.00|1.05±0.07|-|",
+        "|`bs:4`|25.0%|52.0±5.7|-3.0±1.0|3.00±0.00|1.40±0.14|+0.350±0.050|",
+        "|`fs:1/64~3/4`|25.0%|61.0|+1.0|3.00|1.00|-0.100|",
+    ]
+    assert (folder / "docs" / "_static" / "study-ratio-short-dark.svg").exists()
+    assert run(folder, "--check") == 0
+
+
+def test_a_study_without_results_says_so(folder) -> None:
+    run(folder)
+    page = (folder / "docs" / "accuracy.md").read_text()
+    assert "Not trained yet" in page
+    assert not list(folder.glob("docs/_static/study*"))
+
+
+def test_a_study_by_rows_is_a_table_of_rows() -> None:
+    grids = [{"norm": "bn"}, {"norm": ["bn", "gn"], "rows": [2, 8]}]
+    experiments = grid.experiments({"grids": grids})
+    records = {
+        experiment: {"test_accuracy": [0.1 * i]}
+        for i, experiment in enumerate(experiments, start=1)
+    }
+    study = studies.Study("rows-short", experiments, records)
+    lines = [line.replace(" ", "") for line in studies.rows_table(study).splitlines()]
+    assert lines[0] == "|norm|2rows|8rows|all|"
+    assert lines[2:] == ["|`bn`|20.0|40.0|10.0|", "|`gn`|30.0|50.0|-|"]
+
+
+def test_the_committed_pages_are_up_to_date() -> None:
     assert report.main(["--check"]) == 0

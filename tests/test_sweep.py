@@ -207,7 +207,7 @@ def test_smaller_images_are_means_of_blocks():
 
 
 def test_an_experiment_of_an_older_file_has_newer_options_by_default():
-    assert sweep.experiment_of({"experiment": {"seed": 3}}) == Experiment(seed=3)
+    assert grid.experiment_of({"experiment": {"seed": 3}}) == Experiment(seed=3)
 
 
 def test_grids_of_a_file_share_what_stands_before_them(tmp_path):

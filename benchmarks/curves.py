@@ -1,0 +1,153 @@
+"""Charts of the studies: learning curves, and accuracy against rows."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+import flax_sbn as sbn
+from plots import COLOURS, SVG, THEMES
+from studies import Experiment, Study
+
+Curves = np.ndarray  # (seeds, points)
+
+
+def ratio_chart(study: Study, ink: str, soft: str) -> Figure:
+    """Draws training loss and test accuracy by epoch: a row a family of methods."""
+    families: dict[str, list[Experiment]] = {}
+    for setting in study.settings:
+        families.setdefault(_family(setting), []).append(setting)
+    families.pop("", None)  # the reference
+    figure = Figure(figsize=(8.5, 2.6 * len(families)), layout="constrained")
+    axes = figure.subplots(len(families), 2, squeeze=False, sharex=True, sharey="col")
+    reference = next(s for s in study.settings if s.norm == "bn")
+    for row, (family, settings) in zip(axes, families.items(), strict=True):
+        for ax, key in zip(row, ("train_loss", "test_accuracy"), strict=True):
+            _style(ax, ink, soft)
+            for number, setting in enumerate(settings):
+                _draw(ax, _curves(study, setting, key), COLOURS[number], setting.norm)
+            _draw(ax, _curves(study, reference, key), ink, "bn", linestyle="--")
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        row[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        row[0].set_title(family, loc="left", color=ink, fontsize=10.5, weight="bold")
+        row[1].legend(
+            loc="center left",
+            bbox_to_anchor=(1, 0.5),
+            frameon=False,
+            labelcolor=ink,
+            fontsize=8.5,
+        )
+    for ax, label in zip(axes[0], ("training loss", "test accuracy"), strict=True):
+        ax.annotate(
+            label, (1, 1.03), xycoords="axes fraction", ha="right", color=ink, size=9.5
+        )
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch", color=ink, fontsize=9.5)
+    return figure
+
+
+def rows_chart(study: Study, ink: str, soft: str) -> Figure:
+    """Draws test accuracy against the number of rows that are normalized together."""
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
+    ax = figure.subplots()
+    _style(ax, ink, soft)
+    norms: dict[str, list[Experiment]] = {}
+    for setting in study.settings:
+        norms.setdefault(setting.norm if setting.rows else "", []).append(setting)
+    whole = norms.pop("", [])
+    for number, (norm, settings) in enumerate(norms.items()):
+        settings = sorted(settings, key=lambda setting: setting.rows or 0)
+        last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
+        means = [values.mean() for values in last]
+        errors = [values.std(ddof=1) if len(values) > 1 else 0 for values in last]
+        ax.errorbar(
+            [s.rows or 0 for s in settings],
+            means,
+            errors,
+            color=COLOURS[number],
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
+            capsize=2,
+            label=norm,
+        )
+    for setting, style in zip(whole, ("--", ":", "-."), strict=False):
+        mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
+        label = f"{setting.norm}, all {setting.batch_size} rows"
+        ax.axhline(mean, color=ink, linestyle=style, linewidth=1.2, label=label)
+    ax.set_xscale("log", base=2)
+    ticks = sorted({s.rows for settings in norms.values() for s in settings if s.rows})
+    ax.set_xticks(ticks, [str(rows) for rows in ticks])
+    ax.set_xlabel("rows normalized together", color=ink, fontsize=9.5)
+    ax.set_ylabel("test accuracy", color=ink, fontsize=9.5)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.legend(loc="outside right center", frameon=False, labelcolor=ink, fontsize=9)
+    return figure
+
+
+CHARTS: dict[str, Callable[[Study, str, str], Figure]] = {
+    "ratio": ratio_chart,
+    "rows": rows_chart,
+}
+ALT = {
+    "ratio": "Training loss and test accuracy by epoch, one line a method",
+    "rows": "Test accuracy against the number of rows normalized together",
+}
+
+
+def files(study: Study, prefix: str) -> dict[str, str]:
+    """Returns the file names of a study's chart by theme; none if it has no chart."""
+    if study.kind not in CHARTS or not study.settings:
+        return {}
+    return {theme: f"{prefix}-{study.name}-{theme}.svg" for theme in THEMES}
+
+
+def draw(study: Study, prefix: str, folder: Path) -> None:
+    """Draws the chart of a study, if it has one."""
+    for theme, name in files(study, prefix).items():
+        with mpl.rc_context(SVG):
+            figure = CHARTS[study.kind](study, *THEMES[theme])
+            figure.savefig(
+                folder / name,
+                transparent=True,
+                metadata={"Date": None, "Creator": None},
+            )
+
+
+def _family(setting: Experiment) -> str:
+    method = setting.method()
+    if method.running_weight:
+        return "with the running statistics"
+    match method.sampler:
+        case None:
+            return ""
+        case sbn.NaiveSampling() | sbn.BatchSampling():
+            return "rows: NS and BS"
+        case sbn.FeatureSampling():
+            return "patches: FS"
+    return "virtual rows: VDN and FS+VDN"
+
+
+def _curves(study: Study, setting: Experiment, key: str) -> Curves:
+    return np.array([record[key] for record in study.runs(setting).values()])
+
+
+def _draw(ax: Axes, curves: Curves, colour: str, label: str, **style: Any) -> None:
+    """Draws the mean of some curves, and their range."""
+    epochs = np.arange(1, curves.shape[1] + 1)
+    label = label.replace("FeatureSampling", "FS").replace("MixedSampling", "Mixed")
+    ax.plot(epochs, curves.mean(0), color=colour, label=label, lw=1.6, **style)
+    low, high = curves.min(0), curves.max(0)
+    ax.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)
+
+
+def _style(ax: Axes, ink: str, soft: str) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(soft)
+    ax.tick_params(color=soft, labelcolor=ink, labelsize=9)
+    ax.grid(color=soft, alpha=0.2)
