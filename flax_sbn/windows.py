@@ -165,13 +165,16 @@ def random_tiles(
     total = math.prod(tiles)
     if total == 1:
         return [0] * len(tiles)
-    place = (_random_bits(key) // np.uint32(-(-(2**32) // total))).astype(jnp.int32)
+    place = _random_bits(key) // np.uint32(-(-(2**32) // total))
     if count is not None:
-        place = (place + np.arange(count) * _lattice_step(tiles) % total) % total
+        steps = np.arange(count) * _lattice_step(tiles) % total
+        place = (place + steps.astype(np.uint32)) % np.uint32(total)
+    place = lax.optimization_barrier(place)  # not computed again by all that read it
     starts: list[Start] = []
     for length, size, along in zip(lengths, sizes, tiles, strict=True):
         total //= along
-        start = jnp.minimum(place // total % along * size, length - size)
+        index = (place // np.uint32(total) % np.uint32(along)).astype(jnp.int32)
+        start = jnp.minimum(index * size, length - size)
         starts.append(start if along > 1 else 0)
     return starts
 
@@ -214,9 +217,8 @@ def _random_bits(key: jax.Array) -> jax.Array:
         return lax.fori_loop(0, words.shape[-1], mix, bits, unroll=unroll)
 
     # On a CPU only a loop keeps the hash out of the large kernels that read the starts.
-    bits = lax.platform_dependent(
+    return lax.platform_dependent(
         words[-1],
         cpu=functools.partial(hashed, unroll=False),
         default=functools.partial(hashed, unroll=True),
     )
-    return lax.optimization_barrier(bits)

@@ -1,5 +1,6 @@
 """The sweep: its grid, its results file, and that it goes on where it stopped."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -139,6 +140,17 @@ def test_a_finished_sweep_does_nothing_and_says_so(tmp_path, capsys):
     assert sweep.main(args) == 0
     assert "All 2 trainings are in" in capsys.readouterr().out
     assert path.read_bytes() == before
+
+
+def test_a_finished_sweep_needs_no_data(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    (experiment,) = grid.experiments({"dataset": "cifar10"})
+    record = {"experiment": dataclasses.asdict(experiment), "test_accuracy": [0.5]}
+    path.write_text(json.dumps(record) + "\n")
+    args = ["--dataset", "cifar10", "--results", str(path)]
+    assert sweep.main(args) == 0
+    assert "All 1 trainings are in" in capsys.readouterr().out
+    assert sweep.main([*args, "--seed", "1"]) == 2
 
 
 def test_only_what_is_missing_is_trained(tmp_path):
