@@ -2,12 +2,16 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import journal
+from grid import experiment_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,6 +76,28 @@ def test_figures_are_those_of_the_committed_results() -> None:
         if result["variant"] not in ("flax", "all")
     ]
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of" in README
+
+
+def test_accuracies_of_the_study_are_those_of_the_committed_results() -> None:
+    def accuracy(norm: str, rows: int | None = None) -> str:
+        found = [
+            100 * record["test_accuracy"][-1]
+            for record in journal.read(ROOT / "examples" / "results" / "reduced.jsonl")
+            for experiment in [experiment_of(record)]
+            if (experiment.norm, experiment.rows) == (norm, rows)
+            and experiment.dtype == "float32"
+            and experiment.fold == (rows is None)
+            and experiment.fresh_virtual
+        ]
+        assert len(found) == 3
+        return f"{statistics.mean(found):.1f} %"
+
+    for text in (
+        f"{accuracy('fs:1/64')} in the study below, BN {accuracy('bn')}",
+        f"two rows at a time: {accuracy('fs:1/64+vdn:2~3/4', 2)}, where BN has "
+        f"{accuracy('bn', 2)} and group norm {accuracy('gn')}",
+    ):
+        assert text in " ".join(README.split())
 
 
 def test_training_times_are_those_of_the_committed_results() -> None:
