@@ -181,11 +181,11 @@ def test_layers_pool_over_their_named_axis(apply, sampler):
     assert_close(y, (z - mean) / np.sqrt(var + 1e-5), num=rows.size)
 
 
-# One stratum or group for each data shard is read where it is.
+# One stratum for each data shard, or patches of rows, are read where they are.
 LOCAL = [
     sbn.BatchSampling(16, strata=8),
     sbn.VirtualSampling(16, strata=8),
-    sbn.FeatureSampling(1 / 4, groups=8),
+    sbn.FeatureSampling(1 / 4),
     sbn.FeatureSampling(1 / 4, groups=1),
 ]
 

@@ -202,11 +202,11 @@ def test_pooling_costs_one_all_reduce_and_nothing_else_communicates(name, pooled
     assert [kind for kind, *_ in found] == ["all-reduce"] * pooled
 
 
-# Under jit, one stratum or group for each data shard is read where it is.
+# Under jit, one stratum for each data shard, or patches of rows, are read in place.
 LOCAL = [
     sbn.BatchSampling(16, strata=8),
     sbn.VirtualSampling(16, strata=8),
-    sbn.FeatureSampling(1 / 4, groups=8),
+    sbn.FeatureSampling(1 / 4),
     sbn.FeatureSampling(1 / 4, groups=1),
     sbn.MixedSampling(sbn.FeatureSampling(1 / 4), sbn.VirtualSampling(16, strata=8)),
     sbn.MixedSampling(

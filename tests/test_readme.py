@@ -62,6 +62,8 @@ def test_figures_are_those_of_the_committed_results() -> None:
         100 * rows[name]["test_accuracy"] for name in ("bs:4", "bs:8", "bn", "vdn:4")
     )
     assert f"{few:.1f} % instead of {all_rows:.1f} %" in README
+    moved = 100 * rows["bs:4~3/4"]["test_accuracy"]
+    assert f"{moved:.1f} % with `running_weight=0.75`" in README
     edges = " ".join((ROOT / "docs" / "sharp_edges.md").read_text().split())
     assert f"reaches {all_rows:.1f} % of test accuracy with all rows" in edges
     assert f"{some:.1f} % with `BatchSampling(8)`, and {few:.1f} % with" in edges
