@@ -130,14 +130,14 @@ def caption(study: Study) -> str:
 
 def setting_table(study: Study) -> str:
     """Returns accuracies and losses: a row a setting, compared with batch norm."""
-    names = varied([*study.settings])
+    names = varied(study.settings)
     lines = []
     for setting in study.settings:
         runs, reference = study.runs(setting), study.reference(setting)
         measured = next(iter(runs.values()))["measured"]
         lines.append(
             [
-                *(_option(setting, name) for name in names),
+                _label(setting, study.settings[0], names),
                 "-" if measured is None else f"{measured:.1%}",
                 spread([100 * r["test_accuracy"][-1] for r in runs.values()], 1),
                 difference(runs, reference, _final_accuracy, 1),
@@ -147,7 +147,7 @@ def setting_table(study: Study) -> str:
             ]
         )
     header = [
-        *names,
+        "method",
         "measured",
         "test accuracy, %",
         "against bn",
@@ -155,7 +155,7 @@ def setting_table(study: Study) -> str:
         "loss, last",
         "against bn",
     ]
-    return markdown(header, lines, left=len(names))
+    return markdown(header, lines, left=1)
 
 
 def rows_table(study: Study) -> str:
@@ -181,9 +181,15 @@ def _final_accuracy(record: Record) -> float:
     return 100 * record["test_accuracy"][-1]
 
 
-def _option(setting: Experiment, name: str) -> str:
-    value = getattr(setting, name)
-    return f"`{value}`" if name == "norm" else str(value)
+def _label(setting: Experiment, first: Experiment, names: Sequence[str]) -> str:
+    """Returns the norm, and whatever else differs from the first setting."""
+    others = [name for name in names if name != "norm"]
+    changed = [
+        f"{name} {str(getattr(setting, name)).lower()}"
+        for name in others
+        if getattr(setting, name) != getattr(first, name)
+    ]
+    return ", ".join([f"`{setting.norm}`", *changed])
 
 
 def spread(values: Sequence[float], digits: int) -> str:

@@ -36,7 +36,7 @@ class Settings:
       dtype: of the computation.
       augment: random crops and flips.
       fresh_virtual: whether virtual rows are drawn anew in each step, instead of being
-        the same all the time.
+        the same in all steps, and with all seeds.
     """
 
     model: str = "resnet8"
@@ -49,7 +49,7 @@ class Settings:
     weight_decay: float = 5e-4
     dtype: str = "float32"
     augment: bool = False
-    fresh_virtual: bool = True
+    fresh_virtual: bool = False
 
 
 class Network(Protocol):

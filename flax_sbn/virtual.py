@@ -25,7 +25,8 @@ def virtual_samples(
     .. math::
       x_v \sim \mathcal{N}(\mathit{mean}, \mathit{std}^2)
 
-    The same key in every step gives a fixed virtual data set, a new key a fresh one.
+    The same key in every step gives a fixed virtual data set, which is better; a new
+    key gives fresh rows.
 
     Args:
       key: random key.
