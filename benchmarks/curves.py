@@ -78,7 +78,7 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
         )
     for setting, style in zip(whole, ("--", ":", "-."), strict=False):
         mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
-        label = f"{setting.norm}, all {setting.batch_size} rows"
+        label = f"{setting.norm}, whole batch"
         ax.axhline(mean, color=ink, linestyle=style, linewidth=1.2, label=label)
     ax.set_xscale("log", base=2)
     ticks = sorted({s.rows for settings in norms.values() for s in settings if s.rows})

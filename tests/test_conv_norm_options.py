@@ -28,7 +28,7 @@ def arguments(cls):
 def test_every_option_of_flax_linen_is_offered(ours, linear):
     # The bias is the norm's, features are last, and all arrays promote alike.
     left_out = {"axis", "promote_dtype"}
-    own = {"sampler", "activation"}
+    own = {"sampler", "running_weight", "activation"}
     assert fields(ours) == (fields(linear) | fields(nn.BatchNorm) | own) - left_out
     defaults = {
         field.name: field.default
@@ -55,6 +55,7 @@ OPTIONS = {
     **{"use_fast_variance": False, "force_float32_reductions": False},
     **{"conv_general_dilated_cls": None, "dot_general_cls": None},
     "sampler": sbn.NaiveSampling(2),
+    "running_weight": 0.5,
 }
 SIZES = {
     "conv": {"features": 4, "kernel_size": (3, 2)},
@@ -95,7 +96,7 @@ def test_every_option_reaches_the_linen_layers(kind):
 def test_every_option_reaches_the_nnx_layers(kind):
     ours = {"conv": sbn.nnx.ConvNorm, "dense": sbn.nnx.DenseNorm}[kind]
     linear = {"conv": nnx.Conv, "dense": nnx.Linear}[kind]
-    names = arguments(linear) | arguments(nnx.BatchNorm) | {"sampler"}
+    names = arguments(linear) | arguments(nnx.BatchNorm) | {"sampler", "running_weight"}
     names -= {"in_features", "out_features", "num_features", "kernel_size"}
     names -= {"axis", "promote_dtype", "rngs"}
     window = [(3, 2)] if kind == "conv" else []

@@ -97,7 +97,7 @@ ERRORS = {
             (VDN, "num_virtual", 0),
             (lambda strata: VDN(4, strata), "strata", "2"),
             (lambda min_values: FS(0.5, min_values), "min_values", 0),
-            (lambda groups: FS(0.5, groups=groups), "groups", None),
+            (lambda groups: FS(0.5, groups=groups), "groups", 0),
         ]
     },
     **{

@@ -222,12 +222,12 @@ def arguments(cls):
 
 def test_flax_linen_has_no_new_option():
     assert fields(nn.BatchNorm) == LINEN_FIELDS
-    assert fields(sbn.linen.BatchNorm) == [*LINEN_FIELDS, "sampler"]
+    assert fields(sbn.linen.BatchNorm) == [*LINEN_FIELDS, "sampler", "running_weight"]
 
 
 def test_flax_nnx_has_no_new_option():
     assert arguments(nnx.BatchNorm) == set(NNX_ARGUMENTS)
-    ours = {"num_features", "sampler", "rngs", "options"}
+    ours = {"num_features", "sampler", "running_weight", "rngs", "options"}
     assert arguments(sbn.nnx.BatchNorm) == ours
 
 

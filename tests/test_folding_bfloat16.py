@@ -80,26 +80,26 @@ def programs(layer, activation):
     """Truth, unfolded and folded form, and the output of the folded form alone."""
     sampler, fold, plain, options, _, _ = LAYERS[layer]
 
-    def call(function, dtype, **arguments):
+    def call(function, dtype, key, **arguments):
         y, _ = function(
             **arguments,
             **options,
             sampler=sampler,
-            key=KEY,
+            key=key,
             activation=activation,
             dtype=dtype,
         )
         return y
 
-    def results(function, dtype, arguments, g):
+    def results(function, dtype, key, arguments, g):
         y, gradients = unfolded.value_and_gradients(
-            functools.partial(call, function, dtype), arguments, g
+            functools.partial(call, function, dtype, key), arguments, g
         )
         return {"y": y, **gradients}
 
-    def truth(arguments, g):
+    def truth(key, arguments, g):
         wide = jax.tree.map(lambda a: a.astype(jnp.float64), arguments)
-        return results(plain, jnp.float64, wide, g)
+        return results(plain, jnp.float64, key, wide, g)
 
     written, fused = (
         functools.partial(jax.jit, compiler_options=option)
@@ -109,7 +109,9 @@ def programs(layer, activation):
         written(truth),
         written(functools.partial(results, plain, jnp.bfloat16)),
         written(functools.partial(results, fold, jnp.bfloat16)),
-        fused(lambda arguments, g: {"y": call(fold, jnp.bfloat16, **arguments)}),
+        fused(
+            lambda key, arguments, _: {"y": call(fold, jnp.bfloat16, key, **arguments)}
+        ),
     )
 
 
@@ -127,7 +129,8 @@ def ratios(activation, mean):
     for layer in LAYERS:
         truth, *forms = programs(layer, activation)
         for seed in range(SEEDS):
-            given = problem(layer, mean, seed)
+            # Other places each time: the ratio depends on them, too.
+            given = jax.random.key(seed), *problem(layer, mean, seed)
             expected = truth(*given)
             plain, fold, alone = (squares(form(*given), expected) for form in forms)
             for form, each in [("unfolded", plain), ("folded", {**fold, **alone})]:
