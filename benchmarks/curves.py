@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import flax_sbn as sbn
 from plots import COLOURS, SVG, THEMES
-from studies import Experiment, Study
+from studies import Experiment, Study, short
 
 Curves = np.ndarray  # (seeds, points)
 
@@ -74,7 +74,7 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
             markersize=4,
             linewidth=1.6,
             capsize=2,
-            label=norm,
+            label=short(norm),
         )
     for setting, style in zip(whole, ("--", ":", "-."), strict=False):
         mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
@@ -140,8 +140,7 @@ def _curves(study: Study, setting: Experiment, key: str) -> Curves:
 def _draw(ax: Axes, curves: Curves, colour: str, label: str, **style: Any) -> None:
     """Draws the mean of some curves, and their range."""
     epochs = np.arange(1, curves.shape[1] + 1)
-    label = label.replace("FeatureSampling", "FS").replace("MixedSampling", "Mixed")
-    ax.plot(epochs, curves.mean(0), color=colour, label=label, lw=1.6, **style)
+    ax.plot(epochs, curves.mean(0), color=colour, label=short(label), lw=1.6, **style)
     low, high = curves.min(0), curves.max(0)
     ax.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)
 

@@ -19,6 +19,13 @@ from grid import Experiment as Experiment
 from grid import experiment_of, setting_of, varied
 from journal import Record
 
+_SHORT = {
+    "MixedSampling": "Mixed",
+    "FeatureSampling": "FS",
+    "BatchSampling": "BS",
+    "VirtualSampling": "VDN",
+}
+_PM = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 _EARLY = 3  # the epoch at which tables show how fast a training starts
 
 
@@ -141,8 +148,8 @@ def setting_table(study: Study) -> str:
                 "-" if measured is None else f"{measured:.1%}",
                 spread([100 * r["test_accuracy"][-1] for r in runs.values()], 1),
                 difference(runs, reference, _final_accuracy, 1),
-                spread([r["train_loss"][_EARLY - 1] for r in runs.values()], 2),
-                spread([r["train_loss"][-1] for r in runs.values()], 2),
+                _mean_loss(runs, _EARLY - 1),
+                _mean_loss(runs, -1),
                 difference(runs, reference, lambda r: r["train_loss"][-1], 3),
             ]
         )
@@ -151,8 +158,8 @@ def setting_table(study: Study) -> str:
         "measured",
         "test accuracy, %",
         "against bn",
-        f"loss, epoch {_EARLY}",
-        "loss, last",
+        f"loss {_EARLY}",
+        "last loss",
         "against bn",
     ]
     return markdown(header, lines, left=1)
@@ -167,7 +174,7 @@ def rows_table(study: Study) -> str:
     columns = sorted({rows for found in cells.values() for rows in found}, key=_rows)
     header = ["norm", *(f"{_rows(rows)} rows" if rows else "all" for rows in columns)]
     lines = [
-        [f"`{norm}`", *(found.get(rows, "-") for rows in columns)]
+        [f"`{short(norm)}`", *(found.get(rows, "-") for rows in columns)]
         for norm, found in cells.items()
     ]
     return markdown(header, lines, left=1)
@@ -175,6 +182,10 @@ def rows_table(study: Study) -> str:
 
 def _rows(rows: int | None) -> float:
     return float("inf") if rows is None else rows
+
+
+def _mean_loss(runs: dict[int, Record], epoch: int) -> str:
+    return number(statistics.mean(r["train_loss"][epoch] for r in runs.values()))
 
 
 def _final_accuracy(record: Record) -> float:
@@ -189,20 +200,32 @@ def _label(setting: Experiment, first: Experiment, names: Sequence[str]) -> str:
         for name in others
         if getattr(setting, name) != getattr(first, name)
     ]
-    return ", ".join([f"`{setting.norm}`", *changed])
+    return ", ".join([f"`{short(setting.norm)}`", *changed])
+
+
+def short(norm: str) -> str:
+    """Returns a norm as tables and charts name it.
+
+    Example:
+      >>> short("FeatureSampling(1/64, groups=8)")
+      'FS(1/64, groups=8)'
+    """
+    for name, initials in _SHORT.items():
+        norm = norm.replace(name, initials)
+    return norm
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Returns a mean and standard deviation.
+    r"""Returns a mean and standard deviation.
 
     Example:
       >>> spread([1.0, 3.0], 1), spread([2.0], 1)
-      ('2.0 ± 1.4', '2.0')
+      ('2.0\xa0±\xa01.4', '2.0')
     """
     mean = number(statistics.mean(values), digits)
     if len(values) < 2:
         return mean
-    return f"{mean} ± {number(statistics.stdev(values), digits)}"
+    return f"{mean}{_PM}{number(statistics.stdev(values), digits)}"
 
 
 def difference(
@@ -211,11 +234,11 @@ def difference(
     value: Callable[[Record], float],
     digits: int,
 ) -> str:
-    """Returns the mean difference of runs with the same seed, and its standard error.
+    r"""Returns the mean difference of runs with the same seed, and its standard error.
 
     Example:
       >>> difference({0: 5.0, 1: 7.0}, {0: 4.0, 1: 4.0, 2: 4.0}, lambda r: r, 1)
-      '+2.0 ± 1.0'
+      '+2.0\xa0±\xa01.0'
     """
     both = [
         value(runs[seed]) - value(reference[seed]) for seed in runs if seed in reference
@@ -226,7 +249,7 @@ def difference(
     if len(both) < 2:
         return mean
     error = statistics.stdev(both) / len(both) ** 0.5
-    return f"{mean} ± {number(error, digits)}"
+    return f"{mean}{_PM}{number(error, digits)}"
 
 
 TABLES: dict[str, Callable[[Study], str]] = {"rows": rows_table}
