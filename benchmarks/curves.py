@@ -1,20 +1,28 @@
 """Charts of the studies: learning curves, and accuracy against rows."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import flax_sbn as sbn
-from plots import COLOURS, SVG, THEMES
+from plots import COLOURS, THEMES, save
 from studies import Experiment, Study, short
 
 Curves = np.ndarray  # (seeds, points)
+
+# Of the lines in a panel, in turn: all colours, and then all of them dotted.
+_STYLES: list[Any] = [
+    {"color": color, "linestyle": linestyle}
+    for linestyle in ("-", ":")
+    for color in COLOURS
+]
 
 
 def ratio_chart(study: Study, ink: str, soft: str) -> Figure:
@@ -29,9 +37,9 @@ def ratio_chart(study: Study, ink: str, soft: str) -> Figure:
     for row, (family, settings) in zip(axes, families.items(), strict=True):
         for ax, key in zip(row, ("train_loss", "test_accuracy"), strict=True):
             _style(ax, ink, soft)
-            for number, setting in enumerate(settings):
-                _draw(ax, _curves(study, setting, key), COLOURS[number], setting.norm)
-            _draw(ax, _curves(study, reference, key), ink, "bn", linestyle="--")
+            for setting, style in zip(settings, itertools.cycle(_STYLES), strict=False):
+                _draw(ax, _curves(study, setting, key), setting.norm, **style)
+            _draw(ax, _curves(study, reference, key), "bn", color=ink, linestyle="--")
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         row[1].yaxis.set_major_formatter(PercentFormatter(1.0))
         row[0].set_title(family, loc="left", color=ink, fontsize=10.5, weight="bold")
@@ -60,7 +68,9 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
     for setting in study.settings:
         norms.setdefault(setting.norm if setting.rows else "", []).append(setting)
     whole = norms.pop("", [])
-    for number, (norm, settings) in enumerate(norms.items()):
+    for (norm, settings), style in zip(
+        norms.items(), itertools.cycle(_STYLES), strict=False
+    ):
         settings = sorted(settings, key=lambda setting: setting.rows or 0)
         last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
         means = [values.mean() for values in last]
@@ -69,17 +79,17 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
             [s.rows or 0 for s in settings],
             means,
             errors,
-            color=COLOURS[number],
+            **style,
             marker="o",
             markersize=4,
             linewidth=1.6,
             capsize=2,
             label=short(norm),
         )
-    for setting, style in zip(whole, ("--", ":", "-."), strict=False):
+    for setting, linestyle in zip(whole, ("--", ":", "-."), strict=False):
         mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
         label = f"{setting.norm}, whole batch"
-        ax.axhline(mean, color=ink, linestyle=style, linewidth=1.2, label=label)
+        ax.axhline(mean, color=ink, linestyle=linestyle, linewidth=1.2, label=label)
     ax.set_xscale("log", base=2)
     ticks = sorted({s.rows for settings in norms.values() for s in settings if s.rows})
     ax.set_xticks(ticks, [str(rows) for rows in ticks])
@@ -109,14 +119,8 @@ def files(study: Study, prefix: str) -> dict[str, str]:
 
 def draw(study: Study, prefix: str, folder: Path) -> None:
     """Draws the chart of a study, if it has one."""
-    for theme, name in files(study, prefix).items():
-        with mpl.rc_context(SVG):
-            figure = CHARTS[study.kind](study, *THEMES[theme])
-            figure.savefig(
-                folder / name,
-                transparent=True,
-                metadata={"Date": None, "Creator": None},
-            )
+    if named := files(study, prefix):
+        save(functools.partial(CHARTS[study.kind], study), named, folder)
 
 
 def _family(setting: Experiment) -> str:
@@ -137,12 +141,13 @@ def _curves(study: Study, setting: Experiment, key: str) -> Curves:
     return np.array([record[key] for record in study.runs(setting).values()])
 
 
-def _draw(ax: Axes, curves: Curves, colour: str, label: str, **style: Any) -> None:
+def _draw(ax: Axes, curves: Curves, label: str, *, color: str, linestyle: str) -> None:
     """Draws the mean of some curves, and their range."""
     epochs = np.arange(1, curves.shape[1] + 1)
-    ax.plot(epochs, curves.mean(0), color=colour, label=short(label), lw=1.6, **style)
+    style: Any = {"color": color, "linestyle": linestyle}
+    ax.plot(epochs, curves.mean(0), label=short(label), lw=1.6, **style)
     low, high = curves.min(0), curves.max(0)
-    ax.fill_between(epochs, low, high, color=colour, alpha=0.12, lw=0)
+    ax.fill_between(epochs, low, high, color=color, alpha=0.12, lw=0)
 
 
 def _style(ax: Axes, ink: str, soft: str) -> None:

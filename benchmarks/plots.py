@@ -1,6 +1,7 @@
 """Bar charts of the results: horizontal bars in groups, flax's batch norm at 1."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ Report = dict[str, Any]
 THEMES = {"light": ("#1f2328", "#59636e"), "dark": ("#e6e9ed", "#9aa4b0")}
 # Okabe & Ito's colours, which colour-blind readers tell apart.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-SVG: Any = {"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"}
+_SVG: Any = {"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"}
 _ROW = 0.2  # height of a bar in inches
 _TRAFFIC = {"HBM traffic": "traffic_bytes", "temporary memory": "temp_bytes"}
 _CUT = 3.0  # longer bars are cut; their text tells
@@ -103,10 +104,24 @@ def files(report: Report) -> dict[str, str]:
 
 def draw(report: Report, folder: Path) -> None:
     """Draws the chart of a report, if it has one."""
-    for theme, name in files(report).items():
-        with mpl.rc_context(SVG):
-            figure = _figure(CHARTS[report["benchmark"]](report), *THEMES[theme])
-            figure.savefig(
+    if named := files(report):
+        chart = CHARTS[report["benchmark"]](report)
+        save(functools.partial(_figure, chart), named, folder)
+
+
+def save(
+    figure: Callable[[str, str], Figure], named: Mapping[str, str], folder: Path
+) -> None:
+    """Saves what ``figure(ink, soft)`` draws for each theme, the same bytes each time.
+
+    Args:
+      figure: draws a chart in the two inks of a theme.
+      named: names of the files by theme.
+      folder: where to save them.
+    """
+    for theme, name in named.items():
+        with mpl.rc_context(_SVG):
+            figure(*THEMES[theme]).savefig(
                 folder / name,
                 transparent=True,
                 metadata={"Date": None, "Creator": None},

@@ -166,9 +166,8 @@ def caption(report: Report) -> str:
         targets = dict.fromkeys(row["target"] for row in report["results"])
         where = f"Compiled for {', '.join(targets)}"
     rounds = f"; medians of {report['rounds']} rounds" if "rounds" in report else ""
-    versions = ", ".join(f"{name} {v}" for name, v in report["versions"].items())
     date = report["date"][:10]
-    return f"**{where}, {report['dtype']}**, {date}{rounds}; {versions}."
+    return f"**{where}, {report['dtype']}**, {date}{rounds}; {tables.versions(report)}."
 
 
 def images(files: Mapping[str, str], alt: str) -> list[str]:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tables import markdown, number
+from tables import markdown, number, versions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import grid
@@ -123,15 +123,12 @@ def caption(study: Study) -> str:
     where = dict.fromkeys(f"{r['device']}, {r['machine']}" for r in records)
     dates = sorted(record["date"][:10] for record in records)
     days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
-    versions = dict.fromkeys(
-        ", ".join(f"{name} {v}" for name, v in record["versions"].items())
-        for record in records
-    )
+    software = "; ".join(dict.fromkeys(map(versions, records)))
     missing = len(study.experiments) - len(records)
     return (
         f"{protocol(study)} {len(records)} trainings"
         + (f" ({missing} more are not done)" if missing else "")
-        + f" on {' and '.join(where)}, {days}; {'; '.join(versions)}."
+        + f" on {' and '.join(where)}, {days}; {software}."
     )
 
 

@@ -63,6 +63,11 @@ def gigabytes(value: float | None) -> str:
     return number(None if value is None else value / 1e9)
 
 
+def versions(record: Report) -> str:
+    """Returns the versions of a result."""
+    return ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+
+
 def variants(rows: Rows, *but: str) -> list[str]:
     """Returns the variants in order, but for some."""
     return [

@@ -36,7 +36,7 @@ import targets
 import timing
 from explain import explain
 from kernels import Kernel, kernels
-from measuring import describe_device
+from measuring import check_positive, describe_device
 from models import IMAGE_SHAPES
 from step import VARIANTS, training_step
 from targets import TARGETS, MissingCompilerError
@@ -161,10 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="new file for the numbers (default: one in benchmarks/results)",
     )
     args = parser.parse_args(argv)
-    for name in ("batch_size", "explain"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    check_positive(parser, args, "batch_size", "explain")
     args.json = timing.new_path(parser, args.json, "traffic")
     return args
 

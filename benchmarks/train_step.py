@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import tables
 import timing
-from measuring import describe_device, interleaved, median_ratio
+from measuring import check_positive, describe_device, interleaved, median_ratio
 from models import IMAGE_SHAPES
 from step import VARIANTS, State, training_step
 
@@ -188,9 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     timing.add_arguments(parser, rounds=7 if on_cpu else 15)
     args = parser.parse_args(argv)
-    for name in ("jobs", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    check_positive(parser, args, "jobs", "rounds")
     name = f"train_step-{{device}}-{args.dtype}"
     args.json = timing.new_path(parser, args.json, name)
     return args

@@ -51,11 +51,6 @@ class Experiment(Settings):
         method = methods.parse(self.norm)
         return method.fold() if self.fold else method
 
-    def settings(self) -> Settings:
-        """Returns what :class:`training.Trainer` wants to know."""
-        names = [field.name for field in dataclasses.fields(Settings)]
-        return Settings(**{name: getattr(self, name) for name in names})
-
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Experiment)}
 _CHOICES = {

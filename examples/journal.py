@@ -58,7 +58,7 @@ def opened(path: Path) -> Iterator[Journal]:
             ) from None
         file.seek(0)
         content = file.read()
-        whole = content[: content.rfind(b"\n") + 1]
+        whole = _whole_lines(content)
         records = _parse(path, whole)
         message = None
         if whole != content:
@@ -82,7 +82,11 @@ def read(path: Path) -> list[Record]:
         content = path.read_bytes()
     except OSError as error:
         raise JournalError(f"Expected a results file in {path}: {error}.") from error
-    return _parse(path, content[: content.rfind(b"\n") + 1])
+    return _parse(path, _whole_lines(content))
+
+
+def _whole_lines(content: bytes) -> bytes:
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _parse(path: Path, content: bytes) -> list[Record]:

@@ -4,6 +4,7 @@ What runs in turns is hit alike by whatever else the machine does: a ratio of ti
 the same round is worth more than the times themselves. The benchmarks use it, too.
 """
 
+import argparse
 import datetime
 import os
 import platform
@@ -60,6 +61,16 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     return statistics.median(
         mine / other for mine, other in zip(times, reference, strict=True)
     )
+
+
+def check_positive(
+    parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str
+) -> None:
+    """Ends the program with an error if one of these counts is given and below 1."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 def describe_device() -> dict[str, Any]:

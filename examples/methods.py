@@ -60,6 +60,13 @@ class Method:
         return dataclasses.replace(self, folded=self.sampler is not None)
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What our batch normalization is told, besides what flax's is."""
+        if self.kind != "batch":
+            return {}
+        return {"sampler": self.sampler, "running_weight": self.running_weight}
+
+    @property
     def virtual(self) -> sbn.VirtualSampling | None:
         """Which virtual rows the sampler expects in the batch, if any."""
         sampler = self.sampler

@@ -35,7 +35,7 @@ import journal
 from data import DataError, Dataset, load_cifar10, load_digits
 from grid import Experiment, experiment_of, setting_of, varied
 from journal import JournalError, Record
-from measuring import describe_device
+from measuring import check_positive, describe_device
 from training import DeviceData, Trainer, to_device
 
 
@@ -95,9 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             help=f"({getattr(default, name)})",
         )
     args = parser.parse_args(argv)
-    for name in ("jobs", "together"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    check_positive(parser, args, "jobs", "together")
     return args
 
 
@@ -252,7 +250,7 @@ def train(
 def make_trainer(setting: Experiment, data_dir: Path | None) -> Trainer:
     """Returns what trains a setting with any seed, compiled once for all of them."""
     data = load(setting.dataset, data_dir, setting.train_size, setting.image_size)
-    return Trainer(setting.settings(), setting.method(), data)
+    return Trainer(setting, setting.method(), data)
 
 
 @functools.lru_cache(maxsize=1)

@@ -29,7 +29,7 @@ from rich.progress import (
 import methods
 from comparison import Report, Run, new_folder
 from data import DataError, Dataset, load_cifar10, load_digits
-from measuring import describe_device, interleaved, median_ratio
+from measuring import check_positive, describe_device, interleaved, median_ratio
 from models import LINEN
 from networks import DTYPES, NETWORKS, Settings
 from training import Trainer, to_device
@@ -148,10 +148,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="new folder for the results (default: one under runs/, named by the time)",
     )
     args = parser.parse_args(argv)
-    for name in ("seeds", "train_size", "width", "epochs", "batch_size", "rows"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    counts = ("seeds", "train_size", "width", "epochs", "batch_size", "rows")
+    check_positive(parser, args, *counts)
     if (args.dataset == "cifar10") != (args.data_dir is not None):
         parser.error("--dataset cifar10 and --data-dir DIR go together")
     return args

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import curves
 import grid
 import report
 import studies
@@ -182,6 +183,17 @@ def test_a_study_by_rows_is_a_table_of_rows() -> None:
     lines = [line.replace(" ", "") for line in studies.rows_table(study).splitlines()]
     assert lines[0] == "|norm|2rows|8rows|all|"
     assert lines[2:] == ["|`bn`|20.0|40.0|10.0|", "|`gn`|30.0|50.0|-|"]
+
+
+def test_a_chart_has_a_line_for_every_method() -> None:
+    norms = ["bn", *(f"bs:{rows}" for rows in range(1, 15))]
+    record = {"train_loss": [2.0, 1.0], "test_accuracy": [0.1, 0.2]}
+    experiments = grid.experiments({"norm": norms})
+    study = studies.Study("ratio-x", experiments, dict.fromkeys(experiments, record))
+    loss, _ = curves.ratio_chart(study, "black", "grey").axes
+    drawn = [(line.get_color(), line.get_linestyle()) for line in loss.lines]
+    assert len(drawn) == len(norms)
+    assert len(set(drawn)) == 13  # six colours in two styles, and the reference
 
 
 def test_the_committed_pages_are_up_to_date() -> None:

@@ -327,10 +327,9 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
         dataclasses.replace(methods.parse(name), folded=folded)
         for name in ("bs:8", "bs:8~3/4")
     )
+    settings = Settings(width=16, epochs=1, api=api)
     losses = [
-        list(Trainer(Settings(width=16, epochs=1, api=api), method, DIGITS).train(0))[
-            -1
-        ]
+        list(Trainer(settings, method, DIGITS).train(0))[-1]
         for method in (plain, moved)
     ]
     assert losses[0].loss != losses[1].loss

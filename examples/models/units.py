@@ -98,9 +98,7 @@ class LinenUnits:
         """Returns a norm alone."""
         match self.method.kind:
             case "flax":
-                options = self._batch_norm()
-                del options["sampler"], options["running_weight"]
-                return nn.BatchNorm(**options, name=name)
+                return nn.BatchNorm(**self._batch_norm(), name=name)
             case "batch":
                 return sbn.linen.BatchNorm(**self._batch_norm(), name=name)
             case "group":
@@ -118,9 +116,8 @@ class LinenUnits:
     def _batch_norm(self) -> dict[str, Any]:
         return {
             "use_running_average": not self.train,
-            "sampler": self.method.sampler,
-            "running_weight": self.method.running_weight,
             "dtype": self.dtype,
+            **self.method.options,
             **_BATCH_NORM,
         }
 
@@ -218,9 +215,7 @@ class NnxUnits:
     def _norm(self, features: int) -> Layer:
         match self.method.kind:
             case "flax":
-                options = self._batch_norm()
-                del options["sampler"], options["running_weight"]
-                return nnx.BatchNorm(features, **options)
+                return nnx.BatchNorm(features, **self._batch_norm())
             case "batch":
                 return sbn.nnx.BatchNorm(features, **self._batch_norm())
             case "group":
@@ -234,9 +229,8 @@ class NnxUnits:
 
     def _batch_norm(self) -> dict[str, Any]:
         return {
-            "sampler": self.method.sampler,
-            "running_weight": self.method.running_weight,
             "dtype": self.dtype,
+            **self.method.options,
             "rngs": self.rngs,
             **_BATCH_NORM,
         }
