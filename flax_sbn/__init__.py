@@ -8,7 +8,7 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
     sbn.linen.BatchNorm(sampler=sbn.FeatureSampling(1 / 64))
 """
 
-from flax_sbn import linen, nnx
+from flax_sbn import alternatives, linen, nnx
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold, relu
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.renormalization import renormalize
@@ -40,6 +40,7 @@ __all__ = [
     "Sampler",
     "Statistics",
     "VirtualSampling",
+    "alternatives",
     "append_virtual",
     "batch_norm",
     "batch_statistics",

@@ -19,9 +19,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.convolution import Extents, Padding, make_convolution
 from flax_sbn.normalization import batch_norm
-from flax_sbn.renormalization import renormalize
+from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler, sampled_parts
-from flax_sbn.statistics import Statistics, broadcast_mask, part_statistics
+from flax_sbn.statistics import (
+    Measure,
+    Statistics,
+    broadcast_mask,
+    part_statistics,
+)
 from flax_sbn.windows import Part
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -38,6 +43,8 @@ class NormOptions(TypedDict, total=False):
       use_fast_variance: see :func:`batch_statistics`.
       running: see :func:`batch_statistics`.
       running_weight: see :func:`batch_norm`; 0 by default.
+      measure: see :func:`batch_statistics`.
+      correct: see :func:`batch_norm`.
       epsilon: added to the variance; 1e-5 by default.
       dtype: dtype of the computation and its result; by default that of the arguments
         promoted. Statistics and the fold are in float32 or wider.
@@ -50,6 +57,8 @@ class NormOptions(TypedDict, total=False):
     use_fast_variance: bool
     running: Statistics | None
     running_weight: float | jax.Array
+    measure: Measure | None
+    correct: Correct | None
     epsilon: float
     dtype: DTypeLike | None
 
@@ -401,6 +410,8 @@ def _linear_norm(
     use_fast_variance: bool = True,
     running: Statistics | None = None,
     running_weight: float | jax.Array = 0.0,
+    measure: Measure | None = None,
+    correct: Correct | None = None,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
     **pooling: Any,
@@ -408,6 +419,7 @@ def _linear_norm(
     """Measures, folds and applies; ``batch`` is the shape that the rows of x had."""
     given = [array for array in (x, kernel, scale, bias) if array is not None]
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
+    correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
     narrow = _rounded(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
@@ -423,7 +435,8 @@ def _linear_norm(
             mask=mask,
             use_fast_variance=use_fast_variance,
             running=running,
-            running_weight=running_weight,
+            measure=measure,
+            correct=correct,
             epsilon=epsilon,
             dtype=result_dtype,
             **pooling,
@@ -440,11 +453,15 @@ def _linear_norm(
             axes = tuple(range(x.ndim - 1))
             masks = None if mask is None else [part.take(mask, axes) for part in parts]
             statistics = part_statistics(
-                parts, values, axes, masks=masks, running=running, **pooling
+                parts,
+                values,
+                axes,
+                masks=masks,
+                running=running,
+                measure=measure,
+                **pooling,
             )
-            target = renormalize(
-                statistics, running, running_weight=running_weight, epsilon=epsilon
-            )
+            target = correct(statistics, running)
         else:
             target = statistics
         folded, shift = fold(kernel, target, scale, bias, epsilon=epsilon)

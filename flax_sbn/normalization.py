@@ -11,9 +11,15 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.renormalization import renormalize
+from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler
-from flax_sbn.statistics import Axis, Statistics, batch_statistics, reduction_axes
+from flax_sbn.statistics import (
+    Axis,
+    Measure,
+    Statistics,
+    batch_statistics,
+    reduction_axes,
+)
 
 
 def normalize(
@@ -96,6 +102,8 @@ def batch_norm(
     use_fast_variance: bool = True,
     running: Statistics | None = None,
     running_weight: float | jax.Array = 0.0,
+    measure: Measure | None = None,
+    correct: Correct | None = None,
     epsilon: float = 1e-5,
     dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, Statistics]:
@@ -130,6 +138,9 @@ def batch_norm(
       running: see :func:`batch_statistics`.
       running_weight: how far the statistics are moved towards ``running`` before they
         normalize, in [0, 1]; see :func:`renormalize`.
+      measure: see :func:`batch_statistics`.
+      correct: called with the measured and the running statistics; returns those to
+        normalize with. By default :func:`renormalize` with ``running_weight``.
       epsilon: added to the variance.
       dtype: dtype of the result; by default that of ``x``, ``scale`` and ``bias``
         promoted.
@@ -167,11 +178,11 @@ def batch_norm(
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
         running=running,
+        measure=measure,
     )
     dtype = _result_type(x, scale, bias, dtype=dtype)
-    target = renormalize(
-        statistics, running, running_weight=running_weight, epsilon=epsilon
-    )
+    correct = correct or correction(running_weight, epsilon)
+    target = correct(statistics, running)
     y = normalize(wide, target, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype)
     return y, statistics
 

@@ -1,10 +1,23 @@
 """Statistics of a sample, corrected by the running ones."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from flax_sbn.statistics import Statistics
+
+# Makes statistics to normalize with of the measured and the running ones.
+Correct = Callable[[Statistics, Statistics | None], Statistics]
+
+
+def correction(running_weight: float | jax.Array, epsilon: float) -> Correct:
+    """Returns :func:`renormalize` with a given share of the running statistics."""
+    return functools.partial(
+        renormalize, running_weight=running_weight, epsilon=epsilon
+    )
 
 
 def renormalize(
@@ -42,8 +55,9 @@ def renormalize(
         ``running_weight`` is 0.
       running_weight: the share ``w`` in [0, 1]: 0 changes nothing, 1 is Batch
         Renormalization.
-      r_max: limit of the scale's correction, at least 1.
-      d_max: limit of the mean's correction, in standard deviations, at least 0.
+      r_max: limit of the scale's correction, at least 1; an array below counts as 1.
+      d_max: limit of the mean's correction, in standard deviations, at least 0; an
+        array below counts as 0.
       epsilon: added to the variances.
 
     Returns:
@@ -83,6 +97,7 @@ def renormalize(
             f"Expected running statistics with {running_weight=}, got None. Pass "
             "running=Statistics(mean, var), those from before this step."
         )
+    r_max, d_max = jnp.maximum(r_max, 1.0), jnp.maximum(d_max, 0.0)
     measured, kept = lax.stop_gradient((statistics, running))
     mean = measured.mean + running_weight * (kept.mean - measured.mean)
     var = measured.var + running_weight * (kept.var - measured.var)

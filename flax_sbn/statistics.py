@@ -7,7 +7,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,12 +33,17 @@ class Statistics(NamedTuple):
     var: jax.Array
 
 
-class _Moments(NamedTuple):
+class Moments(NamedTuple):
     """Statistics, and how many values per feature they come from, each ``(C,)``."""
 
     num: jax.Array
     mean: jax.Array
     var: jax.Array
+
+
+# Makes moments of values ``x``, given the axes to reduce, booleans ``where`` (or None),
+# and ``one_pass`` of :func:`part_statistics`.
+Measure = Callable[[jax.Array, tuple[int, ...], jax.Array | None, bool | None], Moments]
 
 
 def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
@@ -77,6 +82,7 @@ def batch_statistics(
     axis_index_groups: Any = None,
     use_fast_variance: bool = True,
     running: Statistics | None = None,
+    measure: Measure | None = None,
 ) -> Statistics:
     r"""Measures mean and variance of every feature, on a sample of the batch.
 
@@ -104,6 +110,8 @@ def batch_statistics(
       running: statistics returned for a feature of which nothing was measured, because
         the mask is False at every sampled position; by default mean 0, variance 1.
         Between devices they serve as origin, which keeps precision.
+      measure: what is made of the measured values; None for mean and variance. Other
+        methods have their own, such as :func:`flax_sbn.alternatives.l1_moments`.
 
     Returns:
       Statistics of shape ``(C,)``.
@@ -138,6 +146,7 @@ def batch_statistics(
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         running=running,
+        measure=measure,
     )
 
 
@@ -151,6 +160,7 @@ def part_statistics(
     axis_name: str | tuple[str, ...] | None = None,
     axis_index_groups: Any = None,
     running: Statistics | None = None,
+    measure: Measure | None = None,
 ) -> Statistics:
     """Returns the statistics of values that were taken part by part.
 
@@ -164,9 +174,11 @@ def part_statistics(
       axis_name: see there.
       axis_index_groups: see there.
       running: see there.
+      measure: see there.
     """
+    measure = measure or mean_and_var
     moments = [
-        _moments(x, axes, where, one_pass)
+        measure(x, axes, where, one_pass)
         for x, where in zip(values, masks or itertools.repeat(None), strict=False)
     ]
     if axis_name is not None:
@@ -233,7 +245,11 @@ def mix_statistics(
 
 
 def update_running(
-    running: Statistics, statistics: Statistics, momentum: float
+    running: Statistics,
+    statistics: Statistics,
+    momentum: float | jax.Array,
+    *,
+    std_epsilon: float | None = None,
 ) -> Statistics:
     r"""Returns the exponential moving average, which carries no gradient.
 
@@ -244,6 +260,9 @@ def update_running(
       running: the average so far, ``(C,)``.
       statistics: those of this step, ``(C,)``.
       momentum: decay rate of the average, as in flax: the weight of the old value.
+      std_epsilon: if given, standard deviations :math:`\sqrt{v + \epsilon}` are
+        averaged, and the variance is that of their average: Batch Renormalization's
+        rule.
 
     Returns:
       Statistics of shape ``(C,)``, in the dtype of ``running``. Where ``statistics``
@@ -261,7 +280,15 @@ def update_running(
         # As in flax, a running mean that starts real becomes complex with its data.
         return updated if jnp.iscomplexobj(updated) else updated.astype(r.dtype)
 
-    return Statistics(*map(update, running, statistics))
+    if std_epsilon is None:
+        return Statistics(*map(update, running, statistics))
+    old, new = (jnp.sqrt(s.var + std_epsilon) for s in (running, statistics))
+    # In terms of the variance, so that where both are equal nothing changes.
+    step = update(old, new) - old
+    var = running.var + step * (2 * old + step)
+    return Statistics(
+        update(running.mean, statistics.mean), var.astype(running.var.dtype)
+    )
 
 
 def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
@@ -289,20 +316,21 @@ def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         ) from None
 
 
-def _moments(
+def mean_and_var(
     x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool | None
-) -> _Moments:
+) -> Moments:
+    """Returns mean and biased variance: what batch norm measures; a ``Measure``."""
     if where is None:
         if one_pass is None:
             mean, var = _sample_moments(x, axes)
         elif one_pass:
-            mean, var = _raw_moments(_wide(x), axes)
+            mean, var = _raw_moments(wide(x), axes)
         else:
-            mean, var = _two_pass_moments(_wide(x), axes)
+            mean, var = _two_pass_moments(wide(x), axes)
         count = jnp.full(var.shape, math.prod(x.shape[a] for a in axes), var.dtype)
-        return _Moments(count, mean, var)
+        return Moments(count, mean, var)
 
-    x = _wide(x)
+    x = wide(x)
     # What is masked may be NaN: keep it out of the gradient, too.
     x = jnp.where(where, x, 0)
     count = where.sum(axes, dtype=x.real.dtype)
@@ -313,7 +341,7 @@ def _moments(
     else:
         squares = _abs_square(x - jnp.expand_dims(mean, axes))
         var = squares.sum(axes, where=where) / divisor
-    return _Moments(count, mean, var)
+    return Moments(count, mean, var)
 
 
 def _raw_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
@@ -339,11 +367,11 @@ def _shifted_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
 def _sample_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
     shifted = functools.partial(_shifted_moments, axes=axes)
     if x.dtype != jnp.bfloat16:
-        return shifted(_wide(x))
+        return shifted(wide(x))
     # On a GPU shifted values would be written down. There sums are pairwise, and what
     # cancels is less than bfloat16's own rounding.
     raw = functools.partial(_raw_moments, axes=axes)
-    return lax.platform_dependent(_wide(x), cuda=raw, rocm=raw, default=shifted)
+    return lax.platform_dependent(wide(x), cuda=raw, rocm=raw, default=shifted)
 
 
 @_sample_moments.defjvp
@@ -351,22 +379,23 @@ def _sample_moments_jvp(
     axes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Statistics, Statistics]:
     # In terms of x: the shifted values are not kept for the backward pass.
-    (x,), (t,) = primals, map(_wide, tangents)
+    (x,), (t,) = primals, map(wide, tangents)
     mean, var = _sample_moments(x, axes)
-    product = (_wide(x) - jnp.expand_dims(mean, axes)).conj() * t
+    product = (wide(x) - jnp.expand_dims(mean, axes)).conj() * t
     return Statistics(mean, var), Statistics(t.mean(axes), 2 * product.mean(axes).real)
 
 
-def _wide(x: jax.Array) -> jax.Array:
+def wide(x: jax.Array) -> jax.Array:
+    """Returns values in float32 or wider."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _pool(
-    moments: list[_Moments],
+    moments: list[Moments],
     axis_name: str | tuple[str, ...],
     axis_index_groups: Any,
     running: Statistics | None,
-) -> list[_Moments]:
+) -> list[Moments]:
     """Pools moments over devices, all of them in one all-reduce.
 
     The variance between the devices' means is taken about a common origin near them,
@@ -380,10 +409,10 @@ def _pool(
     sums = lax.psum(jnp.stack(rows), axis_name, axis_index_groups=axis_index_groups)
 
     pooled = []
-    for i in range(0, len(rows), len(_Moments._fields) + 1):
+    for i in range(0, len(rows), len(Moments._fields) + 1):
         count, var, square = (sums[j].real for j in (i, i + 2, i + 3))
         divisor = jnp.maximum(count, 1)
         mean = sums[i + 1] / divisor
         between = jnp.maximum(0, square / divisor - _abs_square(mean))
-        pooled.append(_Moments(count, mean + origin, var / divisor + between))
+        pooled.append(Moments(count, mean + origin, var / divisor + between))
     return pooled

@@ -222,13 +222,14 @@ def arguments(cls):
 
 def test_flax_linen_has_no_new_option():
     assert fields(nn.BatchNorm) == LINEN_FIELDS
-    assert fields(sbn.linen.BatchNorm) == [*LINEN_FIELDS, "sampler", "running_weight"]
+    ours = ["sampler", "running_weight", "ghost_groups"]
+    assert fields(sbn.linen.BatchNorm) == [*LINEN_FIELDS, *ours]
 
 
 def test_flax_nnx_has_no_new_option():
     assert arguments(nnx.BatchNorm) == set(NNX_ARGUMENTS)
-    ours = {"num_features", "sampler", "running_weight", "rngs", "options"}
-    assert arguments(sbn.nnx.BatchNorm) == ours
+    ours = {"sampler", "running_weight", "ghost_groups"}
+    assert arguments(sbn.nnx.BatchNorm) == {"num_features", *ours, "rngs", "options"}
 
 
 class LinenNet(nn.Module):

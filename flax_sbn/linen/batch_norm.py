@@ -7,11 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from flax_sbn.normalization import batch_norm
+from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
+    Moments,
     Statistics,
     keep_unmeasured,
+    mean_and_var,
     reduction_axes,
     update_running,
 )
@@ -20,9 +23,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nn.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.linen.BatchNorm` with two more fields, ``sampler`` and
-    ``running_weight``; see there for the others. In training, with :math:`S` the
-    positions that the sampler chooses:
+    :class:`flax.linen.BatchNorm` with three more fields, ``sampler``,
+    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
+    :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -42,6 +45,8 @@ class BatchNorm(nn.BatchNorm):
       sampler: which positions are measured in training; None measures all of them.
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+      ghost_groups: number of equal groups of rows that are normalized separately in
+        training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
@@ -66,6 +71,7 @@ class BatchNorm(nn.BatchNorm):
 
     sampler: Sampler | None = None
     running_weight: float = 0.0
+    ghost_groups: int = 1
 
     @nn.compact
     def __call__(
@@ -94,16 +100,17 @@ class BatchNorm(nn.BatchNorm):
             return super().__call__(x, use_running_average, mask=mask)
 
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        if self.sampler is None and self.running_weight == 0:
+        if self.as_flax():
             running = self.running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
                 self._set_running(keep_unmeasured(self.running(features), running))
             return y
 
-        return self.measured(
-            functools.partial(batch_norm, x, axis=self.axis), features, mask
+        norm = functools.partial(
+            ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
+        return self.measured(norm, features, mask)
 
     def measured(
         self,
@@ -137,12 +144,48 @@ class BatchNorm(nn.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            running_weight=self.running_weight,
+            measure=self.measure,
+            correct=self.correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self._set_running(update_running(running, statistics, self.momentum))
+        self._set_running(self.update(running, statistics))
         return y
+
+    # What methods that measure or correct otherwise have of their own.
+
+    def measure(
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        """Returns the moments of measured values."""
+        return mean_and_var(x, axes, where, one_pass)
+
+    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+        """Returns what to normalize with, given what was measured."""
+        return renormalize(
+            statistics,
+            running,
+            running_weight=self.running_weight,
+            epsilon=self.epsilon,
+        )
+
+    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+        """Returns the running statistics after a step."""
+        return update_running(running, statistics, self.momentum)
+
+    def folds(self) -> bool:
+        """Whether the statistics are known before all of the input is."""
+        return self.sampler is not None and self.ghost_groups == 1
+
+    def as_flax(self) -> bool:
+        """Whether training is that of flax's own layer."""
+        return (
+            self.sampler is None and self.running_weight == 0 and self.ghost_groups == 1
+        )
 
     def affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""

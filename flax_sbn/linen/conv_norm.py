@@ -1,7 +1,7 @@
 """flax.linen.Conv with a batch norm folded into it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from flax_sbn.convolution import Extents, Padding
 from flax_sbn.folding import Activation, conv_norm
+from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler
 
@@ -64,7 +65,10 @@ class ConvNorm(nn.Module):
       sampler: which positions of the output are measured in training; None measures
         all of them, and does not fold.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
+        what is the default of ``norm_cls``.
+      norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
+        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None. :func:`flax.linen.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
 
@@ -117,7 +121,8 @@ class ConvNorm(nn.Module):
     conv_general_dilated: Any = None
     conv_general_dilated_cls: Any = None
     sampler: Sampler | None = None
-    running_weight: float = 0.0
+    running_weight: float | None = None
+    norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
 
     @nn.compact

@@ -1,6 +1,7 @@
 """flax.linen.Dense with a batch norm folded into it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from flax_sbn.folding import Activation, dense_norm
+from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler
 
@@ -48,7 +50,10 @@ class DenseNorm(nn.Module):
       sampler: which rows of the output are measured in training; None measures all of
         them, and does not fold.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
+        what is the default of ``norm_cls``.
+      norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
+        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None; see :class:`ConvNorm`.
 
     Raises:
@@ -93,7 +98,8 @@ class DenseNorm(nn.Module):
     dot_general: Any = None
     dot_general_cls: Any = None
     sampler: Sampler | None = None
-    running_weight: float = 0.0
+    running_weight: float | None = None
+    norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
 
     @nn.compact

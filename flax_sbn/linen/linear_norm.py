@@ -8,7 +8,6 @@ from flax import linen as nn
 
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import add_and_activate
-from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
 
@@ -63,7 +62,10 @@ def linear_norm(
             )
         return add_and_activate(linear(x), residual, layer.activation)
 
-    norm = BatchNorm(
+    own = (
+        {} if layer.running_weight is None else {"running_weight": layer.running_weight}
+    )
+    norm = layer.norm_cls(
         use_running_average=evaluate,
         momentum=layer.momentum,
         epsilon=layer.epsilon,
@@ -78,10 +80,10 @@ def linear_norm(
         use_fast_variance=layer.use_fast_variance,
         force_float32_reductions=layer.force_float32_reductions,
         sampler=layer.sampler,
-        running_weight=layer.running_weight,
         name="norm",
+        **own,
     )
-    if layer.is_initializing() or (layer.sampler is None and not evaluate):
+    if layer.is_initializing() or not (evaluate or norm.folds()):
         y = norm(linear(x), mask=mask)
         return add_and_activate(y, residual, layer.activation)
 

@@ -7,11 +7,14 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.normalization import batch_norm
+from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
+    Moments,
     Statistics,
     keep_unmeasured,
+    mean_and_var,
     reduction_axes,
     update_running,
 )
@@ -20,9 +23,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.nnx.BatchNorm` with two more arguments, ``sampler`` and
-    ``running_weight``; see there for the others. In training, with :math:`S` the
-    positions that the sampler chooses:
+    :class:`flax.nnx.BatchNorm` with three more arguments, ``sampler``,
+    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
+    :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -42,6 +45,8 @@ class BatchNorm(nnx.BatchNorm):
       sampler: which positions are measured in training; None measures all of them.
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+      ghost_groups: number of equal groups of rows that are normalized separately in
+        training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream).
       **options: those of :class:`flax.nnx.BatchNorm`.
@@ -72,11 +77,13 @@ class BatchNorm(nnx.BatchNorm):
         *,
         sampler: Sampler | None = None,
         running_weight: float = 0.0,
+        ghost_groups: int = 1,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.sampler, self.running_weight = sampler, running_weight
+        self.ghost_groups = ghost_groups
         self.rngs: nnx.RngStream | None = nnx.data(None)
         if needs_key(sampler):
             if "sampling" not in rngs and "default" not in rngs:
@@ -110,8 +117,7 @@ class BatchNorm(nnx.BatchNorm):
         if evaluate is None:
             evaluate = self.use_running_average
         running = self.running()
-        measures_all = self.sampler is None and self.running_weight == 0
-        if measures_all or evaluate or evaluate is None:
+        if self.as_flax() or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
                 self._set_running(keep_unmeasured(self.running(), running))
@@ -121,9 +127,15 @@ class BatchNorm(nnx.BatchNorm):
         x, _, _, scale, bias = self.promote_dtype(
             (x, *running, scale, bias), dtype=self.dtype
         )
-        return self.measured(
-            functools.partial(batch_norm, x, scale, bias, axis=self.axis), mask
+        norm = functools.partial(
+            ghost_batch_norm,
+            x,
+            scale,
+            bias,
+            num_groups=self.ghost_groups,
+            axis=self.axis,
         )
+        return self.measured(norm, mask)
 
     def measured(
         self,
@@ -147,12 +159,48 @@ class BatchNorm(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            running_weight=self.running_weight,
+            measure=self.measure,
+            correct=self.correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self._set_running(update_running(running, statistics, self.momentum))
+        self._set_running(self.update(running, statistics))
         return y
+
+    # What methods that measure or correct otherwise have of their own.
+
+    def measure(
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        """Returns the moments of measured values."""
+        return mean_and_var(x, axes, where, one_pass)
+
+    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+        """Returns what to normalize with, given what was measured."""
+        return renormalize(
+            statistics,
+            running,
+            running_weight=self.running_weight,
+            epsilon=self.epsilon,
+        )
+
+    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+        """Returns the running statistics after a step."""
+        return update_running(running, statistics, self.momentum)
+
+    def folds(self) -> bool:
+        """Whether the statistics are known before all of the input is."""
+        return self.sampler is not None and self.ghost_groups == 1
+
+    def as_flax(self) -> bool:
+        """Whether training is that of flax's own layer."""
+        return (
+            self.sampler is None and self.running_weight == 0 and self.ghost_groups == 1
+        )
 
     def affine(self) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns scale and bias, None where the layer has none."""

@@ -1,7 +1,7 @@
 """flax.nnx.Conv with a batch norm folded into it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,8 @@ class ConvNorm(nnx.Module):
         all of them, and does not fold.
       activation: applied last, or None. :func:`flax.nnx.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
+      norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
+        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream).
       **options: those of :class:`flax.nnx.Conv`, without a bias, and of
@@ -75,6 +77,7 @@ class ConvNorm(nnx.Module):
         *,
         sampler: Sampler | None = None,
         activation: Activation | None = None,
+        norm_cls: Callable[..., BatchNorm] = BatchNorm,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -88,7 +91,7 @@ class ConvNorm(nnx.Module):
             rngs=rngs,
         )
         self.norm: BatchNorm | None = nnx.data(
-            BatchNorm(out_features, sampler=sampler, rngs=rngs, **norm)
+            norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
         self.activation = activation
 

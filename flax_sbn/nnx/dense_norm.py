@@ -1,6 +1,7 @@
 """flax.nnx.Linear with a batch norm folded into it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ class DenseNorm(nnx.Module):
       sampler: which rows of the output are measured in training; None measures all of
         them, and does not fold.
       activation: applied last, or None; see :class:`ConvNorm`.
+      norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
+        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream).
       **options: those of :class:`flax.nnx.Linear`, without a bias, and of
@@ -59,6 +62,7 @@ class DenseNorm(nnx.Module):
         *,
         sampler: Sampler | None = None,
         activation: Activation | None = None,
+        norm_cls: Callable[..., BatchNorm] = BatchNorm,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -67,7 +71,7 @@ class DenseNorm(nnx.Module):
             in_features, out_features, **{**dense, "use_bias": False}, rngs=rngs
         )
         self.norm: BatchNorm | None = nnx.data(
-            BatchNorm(out_features, sampler=sampler, rngs=rngs, **norm)
+            norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
         self.activation = activation
 

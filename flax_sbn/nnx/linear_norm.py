@@ -72,7 +72,7 @@ def linear_norm(
             "Expected use_running_average in the constructor or the call, got None in "
             "both. Use model.train() and model.eval(), or pass it."
         )
-    if norm.sampler is None and not evaluate:
+    if not (evaluate or norm.folds()):
         y = norm(linear(x), use_running_average, mask=mask)
         return add_and_activate(y, residual, activation)
 

@@ -1,0 +1,84 @@
+"""Ghost batch norm: groups of rows that are normalized separately."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from flax_sbn.normalization import batch_norm
+from flax_sbn.statistics import Axis, Statistics, broadcast_mask, reduction_axes
+
+
+def ghost_batch_norm(
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    *,
+    num_groups: int,
+    axis: Axis = -1,
+    key: jax.Array | None = None,
+    mask: ArrayLike | None = None,
+    **options: Any,
+) -> tuple[jax.Array, Statistics]:
+    r"""Normalizes equal groups of consecutive rows, each with its own statistics.
+
+    With :math:`x_1, \ldots, x_G` the groups:
+
+    .. math::
+      y_g = \mathrm{batch\_norm}(x_g), \qquad
+      \mu = \frac{1}{G} \sum_g \mu_g, \qquad v = \frac{1}{G} \sum_g v_g
+
+    Args:
+      x: ``(N, *spatial, C)``, or with features at ``axis``.
+      scale: ``(C,)``, or None for one.
+      bias: ``(C,)``, or None for zero.
+      num_groups: the number of groups ``G``; one is :func:`batch_norm`.
+      axis: the feature axis or axes.
+      key: random key; each group draws with one of its own.
+      mask: booleans that broadcast to ``x``: False is not measured.
+      **options: those of :func:`batch_norm`, for every group.
+
+    Returns:
+      The normalized array, of the shape of ``x``, and the averages of the groups'
+      statistics, ``(C,)``, for the running ones: evaluation knows no groups.
+
+    Raises:
+      ValueError: if the rows cannot be divided into the groups, and as
+        :func:`batch_norm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_sbn as sbn
+      >>> x = jax.random.normal(jax.random.key(0), (256, 8, 8, 3))
+      >>> y, statistics = sbn.alternatives.ghost_batch_norm(x, num_groups=4)
+      >>> bool(jnp.allclose(y[:64].mean((0, 1, 2)), 0, atol=1e-5))
+      True
+
+    Source: Hoffer et al., "Train longer, generalize better", arXiv 1705.08741; it
+    updates the running statistics with one group after the other, the average of the
+    groups is ours.
+    """
+    x = jnp.asarray(x)
+    rows = reduction_axes(x.ndim, axis)[0]
+    if not 1 <= num_groups <= x.shape[rows] or x.shape[rows] % num_groups:
+        raise ValueError(
+            f"Expected groups that divide the batch size, got {num_groups=} and batch "
+            f"size {x.shape[rows]}. Change either."
+        )
+    if num_groups == 1:
+        return batch_norm(x, scale, bias, axis=axis, key=key, mask=mask, **options)
+
+    def grouped(array: jax.Array) -> jax.Array:
+        shape = (*x.shape[:rows], num_groups, -1, *x.shape[rows + 1 :])
+        return array.reshape(shape)
+
+    def norm(
+        x: jax.Array, key: jax.Array | None, mask: jax.Array | None
+    ) -> tuple[jax.Array, Statistics]:
+        return batch_norm(x, scale, bias, axis=axis, key=key, mask=mask, **options)
+
+    keys = None if key is None else jax.random.split(key, num_groups)
+    masks = None if mask is None else grouped(broadcast_mask(mask, x.shape))
+    y, statistics = jax.vmap(norm, (rows, 0, rows), (rows, 0))(grouped(x), keys, masks)
+    return y.reshape(x.shape), jax.tree.map(lambda each: each.mean(0), statistics)
