@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from plots import COLOURS, THEMES, save
 from studies import Experiment, Study, short
 
 Curves = np.ndarray  # (seeds, points)
+
+_COLUMNS = 4  # of panels
 
 # Of the lines in a panel, in turn: all colours, and then all of them dotted.
 _STYLES: list[Any] = [
@@ -100,13 +103,43 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
     return figure
 
 
+def normalizers_chart(study: Study, ink: str, soft: str) -> Figure:
+    """Draws accuracy against rows: a panel a norm, with batch norm's in each."""
+    norms: dict[str, list[Experiment]] = {}
+    for setting in study.settings:
+        norms.setdefault(setting.norm, []).append(setting)
+    reference = norms.pop("bn")
+    rows = math.ceil(len(norms) / _COLUMNS)
+    figure = Figure(figsize=(8.5, 1.75 * rows), layout="constrained")
+    axes = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
+    for ax in axes.flat[len(norms) :]:
+        ax.axis("off")
+    for ax, (norm, settings) in zip(axes.flat, norms.items(), strict=False):
+        _style(ax, ink, soft)
+        _draw_by_rows(ax, study, reference, color=soft, linestyle="--")
+        _draw_by_rows(ax, study, settings, color=COLOURS[0], linestyle="-")
+        ax.set_title(short(norm), loc="left", color=ink, fontsize=10, weight="bold")
+        ax.set_xscale("log", base=2)
+        ticks = sorted({_num_rows(setting) for setting in reference})
+        labels = ["all" if n == ticks[-1] else str(n) for n in ticks]
+        ax.set_xticks(ticks, labels)
+        ax.tick_params(labelbottom=True)
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    figure.supxlabel("rows normalized together", color=ink, fontsize=9.5)
+    figure.supylabel("test accuracy", color=ink, fontsize=9.5)
+    return figure
+
+
 CHARTS: dict[str, Callable[[Study, str, str], Figure]] = {
     "ratio": ratio_chart,
     "rows": rows_chart,
+    "normalizers": normalizers_chart,
 }
 ALT = {
     "ratio": "Training loss and test accuracy by epoch, one line a method",
     "rows": "Test accuracy against the number of rows normalized together",
+    "normalizers": "Test accuracy against the number of rows, a panel a normalizer, "
+    "with that of batch normalization in each",
 }
 
 
@@ -139,6 +172,36 @@ def _family(setting: Experiment) -> str:
 
 def _curves(study: Study, setting: Experiment, key: str) -> Curves:
     return np.array([record[key] for record in study.runs(setting).values()])
+
+
+def _draw_by_rows(
+    ax: Axes,
+    study: Study,
+    settings: Sequence[Experiment],
+    *,
+    color: str,
+    linestyle: str,
+) -> None:
+    """Draws the mean of the last accuracies and their deviation by number of rows.
+
+    A norm that was trained with whole batches only is one for which rows do not matter:
+    a line across the panel.
+    """
+    settings = sorted(settings, key=_num_rows)
+    last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
+    means = np.array([values.mean() for values in last])
+    errors = np.array([values.std(ddof=min(1, len(values) - 1)) for values in last])
+    style: Any = {"color": color, "linestyle": linestyle}
+    if len(settings) == 1:
+        ax.axhline(means[0], lw=1.6, **style)
+        ax.axhspan(*(means + [-1, 1] * errors), color=color, alpha=0.12, lw=0)
+        return
+    rows = [_num_rows(setting) for setting in settings]
+    ax.errorbar(rows, means, errors, marker="o", ms=3.5, lw=1.6, capsize=2, **style)
+
+
+def _num_rows(setting: Experiment) -> int:
+    return setting.rows or setting.batch_size
 
 
 def _draw(ax: Axes, curves: Curves, label: str, *, color: str, linestyle: str) -> None:

@@ -29,7 +29,7 @@ import flax_sbn as sbn
 import tables
 import timing
 from measuring import describe_device, interleaved, median_ratio
-from models.units import LinenUnits
+from models.linen_units import LinenUnits
 from step import VARIANTS
 from tests.cases import LAYER_SHAPES
 

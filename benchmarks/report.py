@@ -1,7 +1,8 @@
 """Writes the committed results into the documentation: tables, captions and charts.
 
 ``docs/benchmarks.md`` gets those of benchmarks/results, the newest of each device and
-case; ``docs/accuracy.md`` those of the studies in examples/. What stands between the
+case; ``docs/accuracy.md`` those of the studies in examples/, ``docs/normalizers.md``
+that of all normalizers. What stands between the
 markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced,
 and the rest left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 # What tells reports and cases apart: of equal ones the newest is shown.
 _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape")
-_BENCH, _STUDY = "bench", "study"  # what the names of charts begin with
+# What the names of charts begin with, a page each.
+_BENCH, _STUDY, _NORMALIZERS = "bench", "study", "micro-batches"
 
 Report = dict[str, Any]
 
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--root", type=Path, default=ROOT, metavar="DIR", help="of the repository"
     )
     args = parser.parse_args(argv)
-    pages = benchmarks_page(args.root), accuracy_page(args.root)
+    found = studies.read(args.root / "examples")
+    pages = [benchmarks_page(args.root), *study_pages(args.root, found)]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
         print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
@@ -75,20 +78,29 @@ def benchmarks_page(root: Path) -> Page:
     return Page(root / "docs" / "benchmarks.md", _BENCH, sections, draw)
 
 
-def accuracy_page(root: Path) -> Page:
-    """Returns the page of accuracies."""
-    found = studies.read(root / "examples")
+def study_pages(root: Path, found: Sequence[studies.Study]) -> list[Page]:
+    """Returns the pages of accuracies: of all studies, and of all normalizers."""
+    apart = [study for study in found if study.kind == "normalizers"]
+    others = [study for study in found if study.kind != "normalizers"]
+    return [
+        study_page(root / "docs" / "accuracy.md", _STUDY, others),
+        study_page(root / "docs" / "normalizers.md", _NORMALIZERS, apart),
+    ]
+
+
+def study_page(path: Path, charts: str, found: Sequence[studies.Study]) -> Page:
+    """Returns a page of studies."""
 
     def draw(folder: Path) -> None:
         for study in found:
-            curves.draw(study, _STUDY, folder)
+            curves.draw(study, charts, folder)
 
     sections = {}
     for study in found:
-        charts = curves.files(study, _STUDY)
-        shown = images(charts, curves.ALT.get(study.kind, ""))
+        names = curves.files(study, charts)
+        shown = images(names, curves.ALT.get(study.kind, ""))
         sections[study.name] = studies.section(study, shown)
-    return Page(root / "docs" / "accuracy.md", _STUDY, sections, draw)
+    return Page(path, charts, sections, draw)
 
 
 def update(page: Page, *, write: bool) -> bool:

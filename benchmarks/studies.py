@@ -249,4 +249,7 @@ def difference(
     return f"{mean}{_PM}{number(error, digits)}"
 
 
-TABLES: dict[str, Callable[[Study], str]] = {"rows": rows_table}
+TABLES: dict[str, Callable[[Study], str]] = {
+    "rows": rows_table,
+    "normalizers": rows_table,
+}

@@ -1,11 +1,13 @@
 """The normalizations that can be compared, and how to write them on a command line.
 
-A method is ``bn``, ``flax`` (flax's own), ``gn`` or ``none``, or a sampler in short
-form: ``ns:1``, ``bs:4``, ``fs:1/64``, ``vdn:2``, or two of them mixed,
+A method is the name of one, such as ``bn``, ``gn``, ``brn`` or ``none``, or a sampler
+in short form: ``ns:1``, ``bs:4``, ``fs:1/64``, ``vdn:2``, or two of them mixed,
 ``fs:1/64+vdn:4``. Amounts are rows, or for FS the share of each feature map; without
 them the paper's are used. Any other sampler is written as in Python:
 ``FeatureSampling(1/16, groups=1)``. Behind each of them ``~3/4`` is the weight of the
-running statistics: ``fs:1/64~3/4``.
+running statistics: ``fs:1/64~3/4``. A method that can measure a sample is told so with
+``@``: ``brn@fs:1/64``. ``ghost:4`` is batch norm of four groups of rows, ``ba:2`` of a
+batch in which each image is there twice, augmented differently.
 """
 
 import ast
@@ -18,7 +20,33 @@ import jax
 
 import flax_sbn as sbn
 
-_KINDS = {"bn": "batch", "flax": "flax", "gn": "group", "none": "none"}
+# What each name is, and what it makes of the layers; see models.units.
+_KINDS = {
+    "bn": "batch",
+    "flax": "flax",
+    "gn": "group",
+    "none": "none",
+    "brn": "renorm",
+    "ghost": "batch",
+    "dbn": "diminishing",
+    "l1": "l1",
+    "range": "range",
+    "bnet": "bnet",
+    "ic": "ic",
+    "kn": "kalman",
+    "mixture": "mixture",
+    "mabn": "moving_average",
+    "frn": "filter_response",
+    "batchless": "batchless",
+    "nf": "norm_free",
+    "bnp": "none",
+    "shade": "batch",
+    "ba": "batch",
+}
+# Kinds that can measure a sample, and those of them that fold into a convolution.
+_SAMPLED = {"batch", "renorm", "diminishing", "l1", "range", "bnet", "ic", "kalman"}
+_FOLDED = {"batch", "renorm", "diminishing", "l1", "range"}
+_COUNTED = {"ghost": 4, "ba": 2}  # names that a number may follow
 NAMES = (*_KINDS, "ns", "bs", "fs", "vdn", "fs+vdn", "bs+vdn")
 DEFAULT = ("bn", "ns:1", "bs:4", "fs:1/64", "vdn:2", "fs:1/64+vdn:4")
 
@@ -28,6 +56,7 @@ _SAMPLERS = {
     for cls in (
         sbn.NaiveSampling,
         sbn.BatchSampling,
+        sbn.CopySampling,
         sbn.FeatureSampling,
         sbn.VirtualSampling,
         sbn.MixedSampling,
@@ -41,12 +70,17 @@ class Method:
 
     Attributes:
       name: as the user wrote it; the label in tables and plots.
-      kind: ``'batch'``, ``'flax'`` (flax's own batch normalization), ``'group'``, or
-        ``'none'``, which has convolutions with a bias.
-      sampler: what batch normalization measures; None measures all of the batch.
+      kind: what the layers are: ``'batch'``, ``'flax'`` (flax's own batch norm),
+        ``'group'``, ``'none'``, which has convolutions with a bias, or another of
+        :mod:`models.units`.
+      sampler: what the norm measures; None measures all of the batch.
       running_weight: how far the statistics of kind ``'batch'`` are moved towards the
         running ones.
-      folded: whether kind ``'batch'`` is folded into the layer before, if there is one.
+      folded: whether the norm is folded into the layer before, if there is one.
+      ghost_groups: groups of rows that are normalized separately in training.
+      copies: how often each image is in the batch: batch augmentation.
+      shade: whether SHADE is added to the loss.
+      preconditioned: whether the gradients are preconditioned by the layers' inputs.
     """
 
     name: str
@@ -54,17 +88,37 @@ class Method:
     sampler: sbn.Sampler | None = None
     running_weight: float = 0.0
     folded: bool = False
+    ghost_groups: int = 1
+    copies: int = 1
+    shade: bool = False
+    preconditioned: bool = False
 
     def fold(self) -> "Method":
         """Returns the method folded, or as it is where nothing is sampled."""
-        return dataclasses.replace(self, folded=self.sampler is not None)
+        folded = self.sampler is not None and self.kind in _FOLDED
+        return dataclasses.replace(self, folded=folded)
+
+    @property
+    def measures(self) -> bool:
+        """Whether the layers have statistics that a sampler could measure."""
+        return self.kind in _SAMPLED
+
+    @property
+    def starts_from_data(self) -> bool:
+        """Whether parameters are initialized from real images."""
+        return self.kind == "batchless"
 
     @property
     def options(self) -> dict[str, Any]:
         """What our batch normalization is told, besides what flax's is."""
-        if self.kind != "batch":
+        if not self.measures:
             return {}
-        return {"sampler": self.sampler, "running_weight": self.running_weight}
+        options: dict[str, Any] = {"sampler": self.sampler}
+        if self.running_weight:
+            options["running_weight"] = self.running_weight
+        if self.ghost_groups > 1:
+            options["ghost_groups"] = self.ghost_groups
+        return options
 
     @property
     def virtual(self) -> sbn.VirtualSampling | None:
@@ -100,28 +154,39 @@ class Tally:
 
 
 def parse(text: str) -> Method:
-    """Reads a method in short form or a sampler as in Python, either with a weight.
+    """Reads a method in any of its forms.
 
     Raises:
-      ValueError: if it is neither.
+      ValueError: if it is none.
 
     Example:
-      >>> parse("bs:4~3/4")  # doctest: +NORMALIZE_WHITESPACE
-      Method(name='bs:4~3/4', kind='batch',
-             sampler=BatchSampling(num_samples=4, strata=1),
-             running_weight=0.75, folded=False)
+      >>> method = parse("bs:4~3/4")
+      >>> method.kind, method.sampler, method.running_weight
+      ('batch', BatchSampling(num_samples=4, strata=1), 0.75)
+      >>> parse("brn@fs:1/64").sampler
+      FeatureSampling(fraction=0.015625, min_values=32, groups=None)
     """
     name, tilde, weight = text.partition("~")
+    name, at, sampler = name.partition("@")
     method = parse_sampler(name) if "(" in name else parse_method(name)
-    if not tilde:
-        return method
-    running_weight = _weight(weight)
-    if method.kind != "batch" or running_weight is None:
-        raise ValueError(
-            "Expected a weight in [0, 1] behind bn or a sampler such as bs:4~3/4, got "
-            f"{text!r}."
-        )
-    return dataclasses.replace(method, name=text, running_weight=running_weight)
+    if at:
+        if not method.measures or method.sampler is not None:
+            raise ValueError(
+                f"Expected a method that can measure a sample before @, got {text!r}."
+            )
+        sampled = parse_sampler(sampler) if "(" in sampler else parse_method(sampler)
+        if sampled.sampler is None:
+            raise ValueError(f"Expected a sampler behind @, got {text!r}.")
+        method = dataclasses.replace(method, sampler=sampled.sampler)
+    if tilde:
+        running_weight = _weight(weight)
+        if method.kind != "batch" or running_weight is None:
+            raise ValueError(
+                "Expected a weight in [0, 1] behind bn or a sampler such as bs:4~3/4, "
+                f"got {text!r}."
+            )
+        method = dataclasses.replace(method, running_weight=running_weight)
+    return dataclasses.replace(method, name=text)
 
 
 def _weight(text: str) -> float | None:
@@ -142,8 +207,9 @@ def parse_method(text: str) -> Method:
       >>> parse_method("fs:1/16").sampler
       FeatureSampling(fraction=0.0625, min_values=32, groups=None)
     """
-    if text in _KINDS:
-        return Method(text, _KINDS[text])
+    name, _, amount = text.partition(":")
+    if name in _KINDS and (not amount or name in _COUNTED):
+        return Method(text, _KINDS[name], **_own(name, amount))
     try:
         parts = [_parse_short(part) for part in text.split("+")]
         match parts:
@@ -156,6 +222,27 @@ def parse_method(text: str) -> Method:
     raise ValueError(
         f"Expected a method such as {', '.join(NAMES)} or fs:1/64+vdn:4, got {text!r}."
     )
+
+
+def _own(name: str, amount: str) -> dict[str, Any]:
+    """Returns what a name says besides the kind of its layers."""
+    count = _COUNTED.get(name, 1)
+    if amount:
+        if not amount.isdecimal() or int(amount) < 1:
+            raise ValueError(
+                f"Expected {name}:N such as {name}:{count}, got {name}:{amount}."
+            )
+        count = int(amount)
+    match name:
+        case "ghost":
+            return {"ghost_groups": count}
+        case "ba":
+            return {"copies": count}
+        case "shade":
+            return {"shade": True}
+        case "bnp":
+            return {"preconditioned": True}
+    return {}
 
 
 def _parse_short(text: str) -> sbn.Sampler:

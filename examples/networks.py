@@ -1,18 +1,19 @@
 """A model behind three functional calls, the same ones for linen and nnx.
 
-The training step knows only :class:`Network`: parameters, which have a gradient, and
-the rest, which does not: running statistics and, in nnx, random streams.
+The training step knows only :class:`Network` and its :class:`Variables`.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
+import flax_sbn as sbn
 from methods import Method
 from models import linen_model, nnx_model
 
@@ -52,18 +53,47 @@ class Settings:
     fresh_virtual: bool = False
 
 
+class Variables(NamedTuple):
+    """What a network consists of.
+
+    Attributes:
+      params: what the optimizer trains.
+      overwritten: running averages that are computed in the backward pass: what comes
+        as their gradient is their next value.
+      rest: running statistics and, in nnx, random streams.
+    """
+
+    params: Any
+    overwritten: Any
+    rest: Any
+
+
+class Forward(NamedTuple):
+    """What a forward pass gives in training.
+
+    Attributes:
+      logits: ``(N, num_classes)``.
+      rest: the changed rest of the variables.
+      loss: what layers add to the loss of the task.
+      inputs: statistics of the layers' inputs, if the method needs them.
+    """
+
+    logits: jax.Array
+    rest: Any
+    loss: jax.Array
+    inputs: Any
+
+
 class Network(Protocol):
     """A model with functional parameters: the same three calls for linen and nnx."""
 
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Returns parameters, and whatever else changes in training."""
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """Returns the variables, given some images."""
 
-    def train(
-        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Returns logits and the changed rest."""
+    def train(self, variables: Variables, x: jax.Array, key: jax.Array) -> Forward:
+        """Returns logits, and what changes and comes with them."""
 
-    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+    def evaluate(self, variables: Variables, x: jax.Array) -> jax.Array:
         """Returns logits."""
 
 
@@ -81,29 +111,39 @@ class LinenNetwork:
             dtype=DTYPES[settings.dtype],
             width=settings.width,
         )
-        self.shape = shape
+        self.method = method
         self.trained, self.evaluated = model(train=True), model(train=False)
 
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Returns parameters and running statistics."""
-        variables = self.trained.init(key, jnp.zeros((1, *self.shape)))
-        return variables["params"], variables.get("batch_stats", {})
-
-    def train(
-        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Returns logits and running statistics."""
-        logits, updates = self.trained.apply(
-            {"params": params, "batch_stats": rest},
-            x,
-            mutable=["batch_stats"],
-            rngs={"sampling": key},
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """Returns the variables, given some images."""
+        variables = self.trained.init(key, x)
+        return Variables(
+            variables["params"],
+            variables.get(OVERWRITE_WITH_GRADIENT, {}),
+            variables.get("batch_stats", {}),
         )
-        return logits, updates.get("batch_stats", {})
 
-    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+    def train(self, variables: Variables, x: jax.Array, key: jax.Array) -> Forward:
+        """Returns logits, and what changes and comes with them."""
+        apply = self.trained.apply
+        if self.method.preconditioned:
+            apply = functools.partial(sbn.linen.apply_with_inputs, self.trained)
+        result = apply(
+            _collections(variables),
+            x,
+            mutable=["batch_stats", "losses"],
+            rngs={"sampling": key, "dropout": jax.random.fold_in(key, 1)},
+        )
+        inputs: Any = {}
+        if self.method.preconditioned:
+            result, inputs = result
+        logits, updates = result
+        rest = updates.get("batch_stats", {})
+        return Forward(logits, rest, _total(updates.get("losses", {})), inputs)
+
+    def evaluate(self, variables: Variables, x: jax.Array) -> jax.Array:
         """Returns logits, normalized with the running statistics."""
-        return self.evaluated.apply({"params": params, "batch_stats": rest}, x)
+        return self.evaluated.apply(_collections(variables), x)
 
 
 class NnxNetwork:
@@ -121,25 +161,35 @@ class NnxNetwork:
             dtype=DTYPES[settings.dtype],
             width=settings.width,
         )
+        self.method = method
         self.graph = nnx.graphdef(nnx.eval_shape(lambda: self.model(rngs=nnx.Rngs(0))))
 
-    def init(self, key: jax.Array) -> tuple[Any, Any]:
-        """Returns parameters; running statistics and random streams."""
-        state = nnx.state(self.model(rngs=nnx.Rngs(key)))
-        params, rest = nnx.split_state(state, nnx.Param, ...)
-        return params, rest
+    def init(self, key: jax.Array, x: jax.Array) -> Variables:
+        """Returns the variables, given some images."""
+        model = self.model(rngs=nnx.Rngs(key))
+        if self.method.starts_from_data:
+            sbn.nnx.initialize_batchless(model, x)
+        return _variables(nnx.state(model))
 
-    def train(
-        self, params: Any, rest: Any, x: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, Any]:
-        """Returns logits; running statistics and random streams."""
-        model = nnx.merge(self.graph, params, rest, copy=True)
-        logits = model(x)
-        return logits, nnx.state(model, nnx.Not(nnx.Param))
+    def train(self, variables: Variables, x: jax.Array, key: jax.Array) -> Forward:
+        """Returns logits, and what changes and comes with them."""
+        model = nnx.merge(self.graph, *variables, copy=True)
+        inputs: Any = {}
 
-    def evaluate(self, params: Any, rest: Any, x: jax.Array) -> jax.Array:
+        def forward(model: nnx.Module, x: jax.Array) -> jax.Array:
+            nonlocal inputs
+            if not self.method.preconditioned:
+                return model(x)
+            logits, inputs = sbn.nnx.call_with_inputs(model, x)
+            return logits
+
+        logits, losses = nnx.capture(forward, sbn.nnx.Loss)(model, x)
+        rest = _variables(nnx.state(model)).rest
+        return Forward(logits, rest, _total(losses), inputs)
+
+    def evaluate(self, variables: Variables, x: jax.Array) -> jax.Array:
         """Returns logits, normalized with the running statistics."""
-        model = nnx.merge(self.graph, params, rest)
+        model = nnx.merge(self.graph, *variables)
         model.eval()
         return model(x)
 
@@ -148,3 +198,20 @@ NETWORKS: dict[str, Callable[..., Network]] = {
     "linen": LinenNetwork,
     "nnx": NnxNetwork,
 }
+
+
+def _collections(variables: Variables) -> dict[str, Any]:
+    return {
+        "params": variables.params,
+        OVERWRITE_WITH_GRADIENT: variables.overwritten,
+        "batch_stats": variables.rest,
+    }
+
+
+def _variables(state: Any) -> Variables:
+    kinds = (nnx.Param, sbn.nnx.OverwriteWithGradient, ...)
+    return Variables(*nnx.split_state(state, *kinds))
+
+
+def _total(losses: Any) -> jax.Array:
+    return sum(jax.tree.leaves(losses), start=jnp.zeros(()))

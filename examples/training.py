@@ -18,12 +18,19 @@ import optax
 import flax_sbn as sbn
 from data import Dataset
 from methods import Method, Tally
-from networks import NETWORKS, Network, Settings
+from networks import NETWORKS, Forward, Network, Settings, Variables
 
 _REFRESH_SECONDS = 0.25
 _EVAL_BATCH = 500
 # One after the other on a CPU, where a convolution in a loop is many times slower.
 _MOST_STEPS = 50
+# What methods have of their own: the clipping of networks without a norm, Adam's rate
+# of means and scales that are learned, and the share of the learning rate that trains
+# preconditioned networks, which diverge with all of it.
+_CLIPPING = 0.02
+_MEAN_AND_SCALE_RATE = 5e-3
+_PRECONDITIONED_SHARE = 0.1
+_HEADS = {"Dense_0", "head"}
 
 
 class DeviceData(NamedTuple):
@@ -61,8 +68,7 @@ def to_device(dataset: Dataset) -> DeviceData:
 class State(NamedTuple):
     """Everything that a step changes, on the device."""
 
-    params: Any
-    rest: Any
+    variables: Variables
     optimizer: Any
     key: jax.Array
     order: jax.Array  # of the images in this epoch
@@ -132,10 +138,11 @@ class Trainer:
                 "Expected a batch size that is a multiple of the rows normalized "
                 f"together, got batch_size={settings.batch_size} and rows={self.rows}."
             )
+        self.groups = settings.batch_size // self.rows
         self.steps = size // settings.batch_size
         self.data, self.shape = data, data.images.shape[1:]
         self.network = self._network(method)
-        self.optimizer = _optimizer(settings, self.steps)
+        self.optimizer = _optimizer(settings, method, self.steps)
         self.measured = self._measured()
         if most_steps is None:
             most_steps = 1 if jax.default_backend() == "cpu" else _MOST_STEPS
@@ -169,8 +176,7 @@ class Trainer:
                     shown = time.monotonic()
             now = self._progress(state, epoch, self.steps, begin)
             correct = sum(
-                run.evaluate(state.params, state.rest, *batch)
-                for batch in self.data.test
+                run.evaluate(state.variables, *batch) for batch in self.data.test
             )
             shares = np.atleast_1d(correct) / self.data.num_test
             yield tuple(
@@ -196,19 +202,23 @@ class Trainer:
             jax.jit(over(self._initial, (0,))),
             jax.jit(over(self._shuffle, (0,)), donate_argnums=0),
             jax.jit(over(self._steps, (0, None, None)), donate_argnums=0),
-            jax.jit(over(self._correct, (0, 0, None, None))),
+            jax.jit(over(self._correct, (0, None, None))),
         )
 
     def _initial(self, key: jax.Array) -> State:
         key, init_key = jax.random.split(key)
-        params, rest = self.network.init(init_key)
+        images = jnp.zeros((1, *self.shape))
+        if self.method.starts_from_data:
+            images = self._scale(self.data.images[: self.rows])
+        variables = self.network.init(init_key, images)
+        optimizer = self.optimizer.init(variables.params)
         order = jnp.zeros(len(self.data.images), jnp.int32)
-        return State(params, rest, self.optimizer.init(params), key, order, *_zeros())
+        return State(variables, optimizer, key, order, *_zeros())
 
     def _shuffle(self, state: State) -> State:
         key, order_key = jax.random.split(state.key)
         order = jax.random.permutation(order_key, len(state.order)).astype(jnp.int32)
-        return State(*state[:3], key, order, *_zeros())
+        return State(state.variables, state.optimizer, key, order, *_zeros())
 
     def _scale(self, images: jax.Array) -> jax.Array:
         return (images.astype(jnp.float32) - self.data.mean) / self.data.std
@@ -234,63 +244,73 @@ class Trainer:
         keys = jax.random.split(state.key, 4)
         picked = jax.lax.dynamic_slice_in_dim(state.order, state.step * rows, rows)
         images, labels = all_images[picked], all_labels[picked]
+        copies = self.method.copies
         if self.settings.augment:
-            images = _crop_and_flip(images, keys[1])
+            images = sbn.augment_batch(_crop_and_flip, keys[1], images, copies)
+        else:
+            images = sbn.repeat_rows(images, copies)
+        repeated = sbn.repeat_rows(labels, copies)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, Any]:
-            logits, rest = self._logits(params, state.rest, images, keys[2], keys[3])
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), (losses.sum(), logits, rest)
+        def loss_fn(params: Any, overwritten: Any) -> tuple[jax.Array, Any]:
+            variables = Variables(params, overwritten, state.variables.rest)
+            forward = self._forward(variables, images, keys[2], keys[3])
+            loss = optax.softmax_cross_entropy_with_integer_labels(
+                forward.logits, repeated
+            )
+            return loss.mean() + forward.loss, (loss, forward)
 
-        (_, (loss, logits, rest)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
+        (_, (loss, forward)), (grads, overwritten) = jax.value_and_grad(
+            loss_fn, (0, 1), has_aux=True
+        )(*state.variables[:2])
+        params = state.variables.params
+        updates, optimizer = self.optimizer.update(
+            grads, state.optimizer, params, inputs=forward.inputs
         )
-        updates, optimizer = self.optimizer.update(grads, state.optimizer, state.params)
+        # Of these, each group of rows gives the next value.
+        overwritten = jax.tree.map(lambda each: each / self.groups, overwritten)
+        params = optax.apply_updates(params, updates)
+        correct = (forward.logits.argmax(-1) == repeated).sum()
         return State(
-            optax.apply_updates(state.params, updates),
-            rest,
+            Variables(params, overwritten, forward.rest),
             optimizer,
             keys[0],
             state.order,
             state.step + 1,
-            state.loss + loss,
-            state.correct + (logits.argmax(-1) == labels).sum(),
+            state.loss + loss.sum() / copies,
+            state.correct + correct / copies,
         )
 
-    def _logits(
+    def _forward(
         self,
-        params: Any,
-        rest: Any,
+        variables: Variables,
         images: jax.Array,
         sampling_key: jax.Array,
         virtual_key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
-        """Returns the logits, and the mean of what the groups of rows change."""
+    ) -> Forward:
+        """Returns the logits, and the mean of what the groups of rows make besides."""
         x = self._scale(images)
-        groups = len(x) // self.rows
-        if groups == 1:
-            return self._group_logits(params, rest, x, sampling_key, virtual_key)
-        logits, rests = jax.vmap(self._group_logits, (None, None, 0, 0, 0))(
-            params,
-            rest,
-            x.reshape(groups, self.rows, *x.shape[1:]),
-            jax.random.split(sampling_key, groups),
-            jax.random.split(virtual_key, groups),
+        if self.groups == 1:
+            return self._group_forward(variables, x, sampling_key, virtual_key)
+        forward = jax.vmap(self._group_forward, (None, 0, 0, 0))(
+            variables,
+            x.reshape(self.groups, -1, *x.shape[1:]),
+            jax.random.split(sampling_key, self.groups),
+            jax.random.split(virtual_key, self.groups),
         )
-        return logits.reshape(len(x), -1), jax.tree.map(_of_groups, rests)
+        logits = forward.logits.reshape(len(x), -1)
+        return jax.tree.map(_of_groups, forward)._replace(logits=logits)
 
-    def _group_logits(
+    def _group_forward(
         self,
-        params: Any,
-        rest: Any,
+        variables: Variables,
         x: jax.Array,
         sampling_key: jax.Array,
         virtual_key: jax.Array,
-    ) -> tuple[jax.Array, Any]:
+    ) -> Forward:
         """Returns the logits of rows that are normalized together."""
         virtual = self.method.virtual
         if virtual is None:
-            return self.network.train(params, rest, x, sampling_key)
+            return self.network.train(variables, x, sampling_key)
         # VDN is these three lines: append at the input, measure in the layers (the
         # sampler says so), drop before the loss.
         count, strata = virtual.num_virtual, virtual.strata
@@ -298,13 +318,13 @@ class Trainer:
             virtual_key = jax.random.key(0)
         noise = sbn.virtual_samples(virtual_key, count, x.shape[1:])
         x = sbn.append_virtual(x, noise, strata)
-        logits, rest = self.network.train(params, rest, x, sampling_key)
-        return sbn.drop_virtual(logits, count, strata), rest
+        forward = self.network.train(variables, x, sampling_key)
+        return forward._replace(logits=sbn.drop_virtual(forward.logits, count, strata))
 
     def _correct(
-        self, params: Any, rest: Any, images: jax.Array, labels: jax.Array
+        self, variables: Variables, images: jax.Array, labels: jax.Array
     ) -> jax.Array:
-        logits = self.network.evaluate(params, rest, self._scale(images))
+        logits = self.network.evaluate(variables, self._scale(images))
         return (logits.argmax(-1) == labels).sum()
 
     def _measured(self) -> float | None:
@@ -314,16 +334,16 @@ class Trainer:
             self.method, sampler=Tally(self.method.sampler, counts)
         )
         network = self._network(method)
-        rows = self.rows
+        rows = self.rows * self.method.copies
         if self.method.virtual is not None:
             rows += self.method.virtual.num_virtual
 
         def forward(key: jax.Array) -> jax.Array:
             x = jnp.zeros((rows, *self.shape))
-            return network.train(*network.init(key), x, key)[0]
+            return network.train(network.init(key, x[:1]), x, key).logits
 
         jax.eval_shape(forward, jax.random.key(0))
-        if self.method.kind != "batch":
+        if not self.method.measures:
             return 1.0 if self.method.kind == "flax" else None
         return sum(n for n, _ in counts) / sum(total for _, total in counts)
 
@@ -334,32 +354,64 @@ def _of_groups(each: jax.Array) -> jax.Array:
 
 
 def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:
-    return jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros((), jnp.int32)
+    return jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())
 
 
-def _optimizer(settings: Settings, steps: int) -> optax.GradientTransformation:
-    total = settings.epochs * steps
+def _optimizer(
+    settings: Settings, method: Method, steps: int
+) -> optax.GradientTransformationExtraArgs:
+    total, peak = settings.epochs * steps, settings.learning_rate
+    if method.preconditioned:
+        peak *= _PRECONDITIONED_SHARE
     schedule = optax.warmup_cosine_decay_schedule(
-        0.0, settings.learning_rate, max(1, total // 10), max(2, total)
+        0.0, peak, max(1, total // 10), max(2, total)
     )
-    return optax.chain(
+    sgd = optax.chain(
         optax.add_decayed_weights(settings.weight_decay, mask=_is_kernel),
         optax.sgd(schedule, momentum=0.9, nesterov=True),
     )
+    if method.preconditioned:
+        sgd = optax.chain(sbn.optim.batch_norm_preconditioning(), sgd)
+    if method.kind == "norm_free":
+        clip = optax.adaptive_grad_clip(_CLIPPING)
+        sgd = optax.chain(optax.masked(clip, _is_clipped), sgd)
+    if method.kind == "batchless":
+        own = optax.adam(_MEAN_AND_SCALE_RATE)
+        sgd = optax.partition({"sgd": sgd, "own": own}, _label)
+    return optax.with_extra_args_support(sgd)
 
 
 def _is_kernel(params: Any) -> Any:
     return jax.tree.map(lambda param: jnp.ndim(param) > 1, params)
 
 
-def _crop_and_flip(images: jax.Array, key: jax.Array, pad: int = 4) -> jax.Array:
-    """Shifts each image by up to ``pad`` pixels and mirrors every other one."""
-    padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+def _is_clipped(params: Any) -> Any:
+    """Tells the kernels of all layers but that which makes the logits.
 
-    def one(image: jax.Array, key: jax.Array) -> jax.Array:
-        shift_key, flip_key = jax.random.split(key)
-        y, x = jax.random.randint(shift_key, (2,), 0, 2 * pad + 1)
-        image = jax.lax.dynamic_slice(image, (y, x, 0), images.shape[1:])
-        return jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
+    Gains and biases that start from zero would hardly move within a few hundred steps.
+    """
+    return jax.tree.map_with_path(
+        lambda path, param: jnp.ndim(param) > 1 and _names(path)[0] not in _HEADS,
+        params,
+    )
 
-    return jax.vmap(one)(padded, jax.random.split(key, len(images)))
+
+def _label(params: Any) -> Any:
+    """Tells the means and scales that are learned from other parameters."""
+    return jax.tree.map_with_path(
+        lambda path, _: "own" if {"mean", "log_scale"} & {*_names(path)} else "sgd",
+        params,
+    )
+
+
+def _names(path: Any) -> list[str]:
+    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+
+
+def _crop_and_flip(key: jax.Array, image: jax.Array, pad: int = 4) -> jax.Array:
+    """Shifts an image by up to ``pad`` pixels, and mirrors every other one."""
+    padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+    shift_key, flip_key = jax.random.split(key)
+    y, x = jax.random.randint(shift_key, (2,), 0, 2 * pad + 1)
+    image = jax.lax.dynamic_slice(padded, (y, x, 0), image.shape)
+    return jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)

@@ -8,12 +8,14 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
     sbn.linen.BatchNorm(sampler=sbn.FeatureSampling(1 / 64))
 """
 
-from flax_sbn import alternatives, linen, nnx
+from flax_sbn import alternatives, linen, nnx, optim
+from flax_sbn.augmentation import augment_batch, repeat_rows
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold, relu
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import (
     BatchSampling,
+    CopySampling,
     FeatureSampling,
     MixedSampling,
     NaiveSampling,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BatchSampling",
+    "CopySampling",
     "FeatureSampling",
     "MixedSampling",
     "NaiveSampling",
@@ -42,6 +45,7 @@ __all__ = [
     "VirtualSampling",
     "alternatives",
     "append_virtual",
+    "augment_batch",
     "batch_norm",
     "batch_statistics",
     "conv_norm",
@@ -53,8 +57,10 @@ __all__ = [
     "nnx",
     "normalize",
     "num_measured",
+    "optim",
     "relu",
     "renormalize",
+    "repeat_rows",
     "update_running",
     "virtual_samples",
 ]

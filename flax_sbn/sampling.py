@@ -14,6 +14,9 @@ import numbers
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
 
@@ -129,7 +132,7 @@ class NaiveSampling:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(num_samples=self.num_samples)
+        check_positive(num_samples=self.num_samples)
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the last ``num_samples`` rows."""
@@ -174,7 +177,7 @@ class BatchSampling:
     needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_positive(num_samples=self.num_samples, strata=self.strata)
+        check_positive(num_samples=self.num_samples, strata=self.strata)
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a run of rows at one random offset in every stratum."""
@@ -235,9 +238,9 @@ class FeatureSampling:
                 f"Expected fraction in (0, 1], got fraction={self.fraction!r}. "
                 "The paper uses 1/4 to 1/64."
             )
-        _check_positive(min_values=self.min_values)
+        check_positive(min_values=self.min_values)
         if self.groups is not None:
-            _check_positive(groups=self.groups)
+            check_positive(groups=self.groups)
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a patch for each group of rows."""
@@ -267,6 +270,57 @@ class FeatureSampling:
             sides[axis] = min(extent[axis], math.ceil(exact - 1e-9))
             share *= extent[axis] / sides[axis]
         return sides
+
+
+@dataclasses.dataclass(frozen=True)
+class CopySampling:
+    """One copy of each row, where the batch holds several: batch augmentation.
+
+    The batch consists of runs of ``num_copies`` rows, as :func:`flax_sbn.augment_batch`
+    makes them. Of each run one row is measured in its whole extent, drawn independently
+    of the other runs. Copies of one image resemble each other: the others would add
+    little to what the one says.
+
+    Attributes:
+      num_copies: number of copies of each row.
+
+    Raises:
+      ValueError: if ``num_copies`` is no positive int or does not divide the batch.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import CopySampling, batch_statistics, repeat_rows
+      >>> x = repeat_rows(jnp.array([[1.0], [3.0], [5.0]]), 2)
+      >>> batch_statistics(x, sampler=CopySampling(2), key=jax.random.key(0)).mean
+      Array([3.], dtype=float32)
+
+    Source: the sampler is ours; for the copies see Hoffer et al., "Augment your batch",
+    arXiv 1901.09335.
+    """
+
+    num_copies: int
+
+    needs_key: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(num_copies=self.num_copies)
+
+    def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
+        """Chooses a row of every run of copies."""
+        rows, *extent = shape
+        if rows % self.num_copies:
+            raise ValueError(
+                "Expected batch size divisible by num_copies, got "
+                f"num_copies={self.num_copies} and batch size {rows}. Make the batch "
+                f"with augment_batch(augment, key, x, {self.num_copies})."
+            )
+        runs = rows // self.num_copies
+        assert key is not None
+        chosen = jax.random.bits(key, (runs,), jnp.uint32) % np.uint32(self.num_copies)
+        # Not computed again by all that read it.
+        start = lax.optimization_barrier(chosen.astype(jnp.int32))
+        starts = (start, *[0] * len(extent))
+        return (Part(1.0, (Windows(runs, starts, (1, *extent)),)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +357,7 @@ class VirtualSampling:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(num_virtual=self.num_virtual, strata=self.strata)
+        check_positive(num_virtual=self.num_virtual, strata=self.strata)
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the last rows of every stratum."""
@@ -425,7 +479,8 @@ def _rows(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows
     return Windows(strata, (start, *[0] * len(spatial)), (stop - start, *spatial))
 
 
-def _check_positive(**given: int) -> None:
+def check_positive(**given: int) -> None:
+    """Raises a ValueError if a number, given by its name, is no positive int."""
     for name, value in given.items():
         if (
             not isinstance(value, numbers.Integral)

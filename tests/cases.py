@@ -14,12 +14,14 @@ import numpy as np
 
 import flax_sbn as sbn
 
+
 SAMPLERS: dict[str, sbn.Sampler] = {
     "NS": sbn.NaiveSampling(4),
     "BS": sbn.BatchSampling(4),
     "BS-strata": sbn.BatchSampling(4, strata=2),
     "FS-one-patch": sbn.FeatureSampling(1 / 4, min_values=8, groups=1),
     "FS": sbn.FeatureSampling(1 / 4),
+    "copies": sbn.CopySampling(4),
     "VDN": sbn.VirtualSampling(4),
     "VDN-strata": sbn.VirtualSampling(4, strata=2),
     "FS+VDN": sbn.MixedSampling(sbn.FeatureSampling(1 / 4), sbn.VirtualSampling(4)),

@@ -205,6 +205,7 @@ def test_pooling_costs_one_all_reduce_and_nothing_else_communicates(name, pooled
 # Under jit, one stratum for each data shard, or patches of rows, are read in place.
 LOCAL = [
     sbn.BatchSampling(16, strata=8),
+    sbn.CopySampling(2),
     sbn.VirtualSampling(16, strata=8),
     sbn.FeatureSampling(1 / 4),
     sbn.FeatureSampling(1 / 4, groups=1),

@@ -238,7 +238,7 @@ def test_shortcuts_of_the_small_networks_are_strided_identities() -> None:
     from models.cifar_resnet import _shortcut
 
     x = jnp.arange(2 * 5 * 4 * 3.0).reshape(2, 5, 4, 3)
-    y = _shortcut(x, 6, 2)
+    y = _shortcut(6, 2)(x)
     np.testing.assert_array_equal(y[..., :3], x[:, ::2, ::2])
     assert not y[..., 3:].any()
 

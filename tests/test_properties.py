@@ -21,7 +21,9 @@ extents = st.tuples(st.sampled_from([1, 2, 6, 8])).flatmap(
 counts = st.sampled_from([1, 2, 3, 4, 8])
 strata = st.sampled_from([1, 1, 2, 4])
 rows = st.one_of(
-    st.builds(sbn.NaiveSampling, counts), st.builds(sbn.BatchSampling, counts, strata)
+    st.builds(sbn.NaiveSampling, counts),
+    st.builds(sbn.BatchSampling, counts, strata),
+    st.builds(sbn.CopySampling, counts),
 )
 patches = st.builds(
     sbn.FeatureSampling,
@@ -135,6 +137,8 @@ def test_as_much_is_measured_as_the_sampler_was_told(extent, sampler):
     elif isinstance(sampler, sbn.FeatureSampling):
         asked = max(sampler.fraction * extent[0] * space, sampler.min_values)
         assert min(asked, extent[0] * space) - 1e-6 <= num <= extent[0] * space
+    elif isinstance(sampler, sbn.CopySampling):
+        assert num == extent[0] // sampler.num_copies * space
     elif isinstance(sampler, sbn.VirtualSampling):
         assert num == sampler.num_virtual * space
     elif isinstance(sampler, sbn.MixedSampling):

@@ -204,7 +204,7 @@ def test_samplers_are_values(name):
     assert twin == sampler
     assert len({sampler, twin, *cases.SAMPLERS.values()}) == len(cases.SAMPLERS)
     assert eval(repr(sampler), vars(sbn)) == sampler
-    assert needs_key(sampler) == (name[:2] in ("BS", "FS"))
+    assert needs_key(sampler) == (name[:2] in ("BS", "FS", "co"))
     assert isinstance(sampler, sbn.Sampler)
     with pytest.raises(dataclasses.FrozenInstanceError):
         sampler.needs_key_ = True
@@ -283,3 +283,44 @@ def test_groups_spread_so_that_the_noise_of_the_place_averages_out(groups, most)
     variance, error = mean_variance(mean)
     tiles = image.reshape(2, 2, 2, 2).mean((1, 3))
     assert variance < most * tiles.var() + 4 * error
+
+
+@pytest.mark.parametrize("rows", [6, 24])
+@pytest.mark.parametrize("num_copies", [1, 2, 3])
+def test_copy_sampling_takes_one_row_of_every_run_in_its_whole_extent(num_copies, rows):
+    (positions,) = draw(sbn.CopySampling(num_copies), (rows, 5), 200)
+    chosen = np.asarray(positions).reshape(200, rows // num_copies, 5)
+    assert (chosen % 5 == np.arange(5)).all()
+    chosen = chosen[..., 0] // 5
+    assert (chosen // num_copies == np.arange(rows // num_copies)).all()
+    assert set(np.unique(chosen)) == set(range(rows))
+
+
+def test_copies_are_drawn_independently_of_each_other():
+    # Each pair of runs meets in every combination, in equal shares.
+    num = 4000
+    (positions,) = draw(sbn.CopySampling(3), (12,), num)
+    copy = np.asarray(positions) % 3
+    for i, j in [(0, 1), (1, 2), (0, 3)]:
+        shares = np.bincount(3 * copy[:, i] + copy[:, j], minlength=9) / num
+        assert (abs(shares - 1 / 9) < 5 * (8 / 81 / num) ** 0.5).all()
+
+
+def test_one_of_each_run_has_the_textbook_variance():
+    x = np.random.default_rng(0).gamma(2.0, size=(8, 4))
+    rows = jnp.asarray(x.reshape(32, 1), jnp.float32)
+
+    def mean(key):
+        return sbn.batch_statistics(rows, sampler=sbn.CopySampling(4), key=key).mean[0]
+
+    variance, error = mean_variance(mean)
+    assert abs(variance - x.var(axis=1).sum() / 8**2) < 4 * error
+
+
+def test_copy_sampling_sees_real_rows_alone_where_virtual_ones_follow():
+    sampler = sbn.MixedSampling(sbn.CopySampling(3), sbn.VirtualSampling(4, strata=2))
+    virtual, real = draw(sampler, (28,), 20)  # 12 real rows in each stratum
+    assert {row % 14 for row in np.unique(virtual)} == {12, 13}
+    real = np.sort(np.asarray(real), axis=1)
+    order = np.delete(np.arange(28), np.unique(virtual))
+    assert (np.searchsorted(order, real) // 3 == np.arange(8)).all()

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 
@@ -125,15 +126,16 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
 def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
     trainer = small_trainer("bn", model="mlp", api=api, batch_size=32, rows=16)
     state, images = trainer.init(0), trainer.data.images[:32]
-    given = state.params, state.rest
-    logits, rest = trainer._logits(*given, images, state.key, state.key)
+    variables = state.variables
+    forward = trainer._forward(variables, images, state.key, state.key)
     halves = [
-        trainer.network.train(*given, trainer._scale(half), state.key)
+        trainer.network.train(variables, trainer._scale(half), state.key)
         for half in (images[:16], images[16:])
     ]
-    expected = jnp.concatenate([half for half, _ in halves])
-    np.testing.assert_allclose(logits, expected, atol=1e-5)
-    means = jax.tree.map(lambda a, b: (a + b) / 2, *(rest for _, rest in halves))
+    expected = jnp.concatenate([half.logits for half in halves])
+    np.testing.assert_allclose(forward.logits, expected, atol=1e-5)
+    rest = forward.rest
+    means = jax.tree.map(lambda a, b: (a + b) / 2, *(h.rest for h in halves))
     for actual, mean in zip(jax.tree.leaves(rest), jax.tree.leaves(means), strict=True):
         np.testing.assert_allclose(actual, mean, atol=1e-5)
 
@@ -175,7 +177,8 @@ def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
     from training import _crop_and_flip
 
     image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
-    images = _crop_and_flip(jnp.repeat(image, 64, 0), jax.random.key(0), pad=1)
+    crop = functools.partial(_crop_and_flip, pad=1)
+    images = sbn.augment_batch(crop, jax.random.key(0), image, 64)
     assert images.shape == (64, 4, 4, 1)
     distinct = {tuple(np.ravel(i)) for i in images}
     assert 10 < len(distinct) <= 18  # 3 x 3 shifts, flipped or not
@@ -298,7 +301,7 @@ def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
     trainer = small_trainer("vdn:4", model="mlp", rows=32, fresh_virtual=fresh)
     state, images = trainer.init(0), trainer.data.images[:32]
     one, other = (
-        trainer._logits(state.params, state.rest, images, state.key, key)[0]
+        trainer._forward(state.variables, images, state.key, key).logits
         for key in jax.random.split(state.key)
     )
     assert (one != other).any() == fresh
@@ -334,3 +337,43 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
     ]
     assert losses[0].loss != losses[1].loss
     assert np.isfinite(losses[1].loss)
+
+
+NORMALIZERS = [name for name in methods.NAMES if methods.parse(name).sampler is None]
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_every_normalizer_trains(name, api) -> None:
+    model = "resnet8" if name in ("frn", "bnet") else "mlp"  # these need maps
+    trainer = small_trainer(name, model=model, api=api, width=8, epochs=3)
+    first, *_, last = (epoch for epoch in trainer.train(0) if epoch.done)
+    assert last.loss < first.loss
+    assert np.isfinite(last.test_accuracy)
+
+
+@pytest.mark.parametrize("api", list(NETWORKS))
+@pytest.mark.parametrize("name", NORMALIZERS)
+def test_every_normalizer_fits_a_convolutional_network(name, api) -> None:
+    trainer = small_trainer(name, model="resnet8", api=api, width=16, rows=32)
+    state = jax.eval_shape(trainer.init, 0)
+    after = jax.eval_shape(trainer.step, state, *trainer.data[:2])
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+
+
+def test_a_method_that_samples_is_told_how() -> None:
+    assert methods.parse("brn@fs:1/64").sampler == sbn.FeatureSampling(1 / 64)
+    assert methods.parse("kn@BatchSampling(4)").sampler == sbn.BatchSampling(4)
+    assert methods.parse("brn@bs:4").fold().folded
+    assert not methods.parse("kn@bs:4").fold().folded
+    assert methods.parse("ghost:8").ghost_groups == 8
+    assert methods.parse("ba:3").copies == 3
+
+
+@pytest.mark.parametrize(
+    "text", ["gn@bs:4", "bs:4@bs:4", "brn@gn", "brn@", "ghost:0", "ba:x", "bn:2"]
+)
+def test_what_cannot_be_told_is_refused(text) -> None:
+    with pytest.raises(ValueError, match="Expected"):
+        methods.parse(text)

@@ -15,8 +15,10 @@ from methods import Method
 from models.cifar_resnet import CifarResNet, NnxCifarResNet
 from models.densenet import DenseNet
 from models.imagenet_resnet import ResNet
+from models.linen_units import LinenUnits
 from models.mlp import MLP, NnxMLP
-from models.units import LinenUnits, NnxUnits
+from models.nnx_units import NnxUnits
+from models.units import JOINED
 
 LINEN: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(CifarResNet, blocks=1),
@@ -57,7 +59,15 @@ def linen_model(
       train: normalize with the batch's statistics, not the running ones.
       dtype: of the computation; parameters are float32.
       width: features of the first stage or hidden layer; None for the published ones.
+
+    Raises:
+      ValueError: if the method does not fit the model.
     """
+    if method.kind in JOINED and name not in NNX:
+        raise ValueError(
+            f"Expected one of the models {', '.join(NNX)} for {method.name}, which "
+            f"replaces more than the norm behind a layer, got {name!r}."
+        )
     units = LinenUnits(method, train, dtype)
     return LINEN[name](units=units, num_classes=num_classes, **_given(width))
 

@@ -5,12 +5,16 @@ arXiv 1512.03385: three stages of two-convolution blocks, and shortcuts without
 parameters. ``6 * blocks + 2`` layers: ResNet-8, 20, 56 have 1, 3, 9 blocks a stage.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from models.units import LinenUnits, NnxUnits
+from models.linen_units import LinenUnits
+from models.nnx_units import NnxUnits
+from models.units import on_value, value_of
 
 
 class CifarResNet(nn.Module):
@@ -34,10 +38,10 @@ class CifarResNet(nn.Module):
         conv_norm = self.units.conv_norm
         x = conv_norm(self.width, 3, activation=nn.relu)(x)
         for features, strides in _blocks(self.width, self.blocks):
-            residual = _shortcut(x, features, strides)
+            residual = on_value(_shortcut(features, strides), x)
             x = conv_norm(features, 3, strides, activation=nn.relu)(x)
             x = conv_norm(features, 3, activation=nn.relu)(x, residual)
-        x = x.mean(axis=(1, 2))
+        x = value_of(x).mean(axis=(1, 2))
         return self.units.head(self.num_classes)(x).astype(jnp.float32)
 
 
@@ -65,7 +69,7 @@ class NnxCifarResNet(nnx.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(x.mean(axis=(1, 2))).astype(jnp.float32)
+        return self.head(value_of(x).mean(axis=(1, 2))).astype(jnp.float32)
 
 
 class _NnxBlock(nnx.Module):
@@ -77,7 +81,8 @@ class _NnxBlock(nnx.Module):
         self.unit2 = units.conv_norm(features, features, 3, activation=nnx.relu)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.unit2(self.unit1(x), _shortcut(x, self.features, self.strides))
+        residual = on_value(_shortcut(self.features, self.strides), x)
+        return self.unit2(self.unit1(x), residual)
 
 
 def _blocks(width: int, blocks: int) -> list[tuple[int, int]]:
@@ -89,7 +94,11 @@ def _blocks(width: int, blocks: int) -> list[tuple[int, int]]:
     ]
 
 
-def _shortcut(x: jax.Array, features: int, strides: int) -> jax.Array:
+def _shortcut(features: int, strides: int) -> Callable[[jax.Array], jax.Array]:
     """Option A of the paper: skips pixels, and fills up with zero features."""
-    x = x[:, ::strides, ::strides]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+    def shortcut(x: jax.Array) -> jax.Array:
+        x = x[:, ::strides, ::strides]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+
+    return shortcut

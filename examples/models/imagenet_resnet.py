@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from models.units import LinenUnits
+from models.linen_units import LinenUnits
 
 
 class ResNet(nn.Module):

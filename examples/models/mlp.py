@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from models.units import LinenUnits, NnxUnits
+from models.linen_units import LinenUnits
+from models.nnx_units import NnxUnits
+from models.units import value_of
 
 _HIDDEN_LAYERS = 2
 
@@ -32,7 +34,7 @@ class MLP(nn.Module):
         x = x.reshape(len(x), -1)
         for _ in range(_HIDDEN_LAYERS):
             x = self.units.dense_norm(self.width, activation=nn.relu)(x)
-        return self.units.head(self.num_classes)(x).astype(jnp.float32)
+        return self.units.head(self.num_classes)(value_of(x)).astype(jnp.float32)
 
 
 class NnxMLP(nnx.Module):
@@ -56,4 +58,4 @@ class NnxMLP(nnx.Module):
         x = x.reshape(len(x), -1)
         for layer in self.hidden:
             x = layer(x)
-        return self.head(x).astype(jnp.float32)
+        return self.head(value_of(x)).astype(jnp.float32)

@@ -1,0 +1,122 @@
+"""Batchless normalization as a linen layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from flax_sbn.alternatives.batchless import (
+    batchless_init,
+    batchless_nll,
+    batchless_norm,
+)
+from flax_sbn.statistics import Axis, reduction_axes
+
+
+class BatchlessNorm(nn.Module):
+    r"""Normalization with a mean and a scale that are parameters.
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}}
+          + \mathit{bias}
+
+    The parameters ``mean`` and ``log_scale`` (:math:`\mu` and :math:`\rho`) get their
+    gradient from :func:`flax_sbn.alternatives.batchless_nll` alone, which the layer
+    sows in training as ``'nll'`` into the collection ``'losses'``. Make that collection
+    mutable, and add its sum to the loss; without it they never change. Evaluation
+    computes the same and sows nothing.
+
+    ``init`` sets both parameters to the statistics of the batch it is given, layer by
+    layer: give it real rows. A feature that does not vary in it, as in an array of
+    zeros, starts with a scale of one.
+
+    Attributes:
+      use_running_average: sow nothing (evaluation). There is no average: the name is
+        that of flax's batch normalization.
+      axis: the feature axis or axes.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default that of the input and parameters.
+      param_dtype: dtype of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale after the normalization.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+
+    Raises:
+      ValueError: if ``axis`` is out of range or ``epsilon`` is negative.
+
+    Example:
+      >>> import jax
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.linen.BatchlessNorm(use_running_average=False)
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (32, 6))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> list(variables), sorted(variables["params"])
+      (['params'], ['bias', 'log_scale', 'mean', 'scale'])
+      >>> y, updates = layer.apply(variables, x[:1], mutable=["losses"])
+      >>> nll = sum(jax.tree.leaves(updates["losses"]))  # to be added to the loss
+      >>> y.shape, nll.shape
+      ((1, 6), ())
+
+    Source: Berger & Uc Cetina, "Batchless Normalization: How to Normalize Activations
+    Across Instances with Minimal Memory Requirements", arXiv 2212.14729. The
+    ``epsilon`` is ours.
+    """
+
+    use_running_average: bool | None = None
+    axis: Axis = -1
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also sows the loss of mean and scale.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: sow nothing (evaluation).
+          mask: booleans that broadcast to ``x``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        axes = reduction_axes(x.ndim, self.axis)
+        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
+
+        def measured(key: jax.Array, i: int) -> jax.Array:
+            start = batchless_init(x, mask=mask, **options)[i]
+            return start.astype(self.param_dtype)
+
+        mean = self.param("mean", measured, 0)
+        log_scale = self.param("log_scale", measured, 1)
+        scale = bias = None
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, features, self.param_dtype)
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+
+        if not evaluate and not self.is_initializing():
+            nll = batchless_nll(x, mean, log_scale, mask=mask, **options)
+            self.sow("losses", "nll", nll)
+        return batchless_norm(
+            x, mean, log_scale, scale, bias, dtype=self.dtype, **options
+        )

@@ -1,0 +1,134 @@
+"""The independent-component (IC) layer for linen."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.sampling import Sampler
+
+
+class IC(nn.Module):
+    r"""Independent-component layer: batch norm, then dropout.
+
+    .. math::
+      y = \mathrm{dropout}(\mathrm{norm}(x))
+
+    Its place is before a convolution or dense layer, after the activation: ReLU, IC,
+    convolution. There is one switch, ``use_running_average``: evaluation normalizes
+    with the running statistics and drops nothing. In training
+    :class:`flax.linen.Dropout` draws from the rng stream ``'dropout'``, and a sampler
+    from ``'sampling'``. Parameters and statistics are those of a :class:`BatchNorm`
+    named ``norm``.
+
+    Attributes:
+      rate: probability that a value is dropped; the others are divided by ``1 - rate``.
+      use_running_average: evaluation, as all up to ``use_fast_variance`` in
+        :class:`flax.linen.BatchNorm`.
+      axis: the feature axis.
+      momentum: decay rate of the running statistics.
+      epsilon: added to the variance.
+      dtype: dtype of the result.
+      param_dtype: dtype of the parameters.
+      use_bias: whether a bias is added.
+      use_scale: whether to multiply by a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: devices that pool their statistics.
+      axis_index_groups: groups of them.
+      use_fast_variance: with ``sampler=None``, one pass.
+      sampler: see :class:`BatchNorm`, as for the rest.
+      running_weight: see there.
+      ghost_groups: see there.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if ``rate`` is outside [0, 1), and as :class:`BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.linen.IC(use_running_average=False)
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 6))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> rngs = {"dropout": jax.random.key(2)}
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"], rngs=rngs)
+      >>> y.shape, bool(0.03 < (y == 0).mean() < 0.07)
+      ((32, 8, 8, 6), True)
+
+    Source: Chen et al., "Rethinking the Usage of Batch Normalization and Dropout in the
+    Training of Deep Neural Networks", arXiv 1905.05928.
+    """
+
+    rate: float = 0.05
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = nn.initializers.zeros
+    scale_init: Initializer = nn.initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    sampler: Sampler | None = None
+    running_weight: float = 0.0
+    ghost_groups: int = 1
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: normalize with the running statistics and drop nothing
+            (evaluation).
+          mask: booleans that broadcast to ``x``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        if not 0 <= self.rate < 1:
+            raise ValueError(
+                f"Expected rate in [0, 1), got rate={self.rate!r}. It is the share of "
+                "values that are dropped."
+            )
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        y = BatchNorm(
+            use_running_average=evaluate,
+            axis=self.axis,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_bias=self.use_bias,
+            use_scale=self.use_scale,
+            bias_init=self.bias_init,
+            scale_init=self.scale_init,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            use_fast_variance=self.use_fast_variance,
+            sampler=self.sampler,
+            running_weight=self.running_weight,
+            ghost_groups=self.ghost_groups,
+            name="norm",
+        )(x, mask=mask)
+        # Nothing is drawn in `init`, so that it needs no stream but 'params'.
+        return nn.Dropout(self.rate, name="dropout")(
+            y, deterministic=evaluate or self.is_initializing()
+        )

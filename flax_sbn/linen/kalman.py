@@ -1,0 +1,155 @@
+"""A linear layer and its batch norm, joined to the layer before by its statistics."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
+from flax_sbn.folding import Activation
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.statistics import Statistics
+
+
+class KalmanNorm(nn.Module):
+    r"""Kalman normalization: a layer that knows the statistics of the one before.
+
+    Statistics of a few rows are noisy. Those of the layer before, carried through this
+    one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
+    statistics handed on by the layer before, :math:`\mu, v` those of the batch and
+    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic row:
+
+    .. math::
+      \mu_p, v_p = \mathrm{moments}\big(\mathrm{linear}(
+      \mathrm{relu}(\mu_i + \sqrt{v_i}\, \xi))\big)
+
+      \mu' = p \mu_p + (1 - p) \mu, \qquad
+      v' = p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2, \qquad
+      y = \mathit{scale} \cdot \frac{\mathrm{linear}(x) - \mu'}{\sqrt{v' + \epsilon}}
+      + \mathit{bias}
+
+    :math:`\mu', v'` are handed on, and averaged for evaluation. See
+    :func:`flax_sbn.alternatives.kalman_update` for where the prediction is left out.
+
+    The two layers keep all their names and options. Their variables are those of a
+    network that calls one after the other, so that checkpoints load either way. The
+    synthetic row is drawn from the rng stream ``'sampling'``; nothing is drawn at
+    evaluation and in ``init``.
+
+    Attributes:
+      linear: a convolution or dense layer, without a bias.
+      norm: :class:`flax_sbn.linen.BatchNorm`, with all its options; features last. The
+        paper's momentum is 0.9.
+      prior_weight: share ``p`` of the prediction, in [0, 1]: the paper's is 0.9 for
+        micro-batches, 0.05 for large ones.
+      num_virtual: number of synthetic rows. One is enough for a convolution; a dense
+        layer needs many.
+      input_activation: what lies between the layer before and this one, as the
+        synthetic rows have to pass it, too; None for nothing. ``x`` has passed it.
+
+    Raises:
+      TypeError: as :class:`flax_sbn.linen.BatchNorm`.
+      ValueError: as there, and if the statistics are of another width than ``x``,
+        ``prior_weight`` is out of range, there are too few synthetic rows, ``norm`` has
+        ghost groups, or the rng stream ``'sampling'`` is missing.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax.linen as nn, flax_sbn as sbn
+      >>> class ResNet(nn.Module):
+      ...     train: bool
+      ...
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         def layer():
+      ...             conv = nn.Conv(6, (3, 3), use_bias=False)
+      ...             norm = sbn.linen.BatchNorm(not self.train, momentum=0.9)
+      ...             return sbn.linen.KalmanNorm(conv, norm)
+      ...
+      ...         x, statistics = layer()(x, None)  # plain batch norm
+      ...         for _ in range(2):
+      ...             y, update = layer()(nn.relu(x), statistics)
+      ...             y, update = layer()(nn.relu(y), update)
+      ...             x = x + y
+      ...             statistics = sbn.alternatives.add_statistics(statistics, update)
+      ...         return nn.Dense(10)(nn.relu(x).mean((1, 2)))
+      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+      >>> variables = ResNet(train=False).init(jax.random.key(1), x)
+      >>> rngs = {"sampling": jax.random.key(2)}
+      >>> y, updates = ResNet(train=True).apply(
+      ...     variables, x, mutable=["batch_stats"], rngs=rngs
+      ... )
+      >>> y.shape, sorted(updates["batch_stats"])[:2]
+      ((2, 10), ['BatchNorm_0', 'BatchNorm_1'])
+
+    Source: Wang et al., "Batch Kalman Normalization", arXiv 1802.03133.
+    """
+
+    linear: Callable[[jax.Array], jax.Array]
+    norm: BatchNorm
+    prior_weight: float = 0.9
+    num_virtual: int = 1
+    input_activation: Activation | None = nn.relu
+
+    def __call__(
+        self,
+        x: jax.Array,
+        statistics: Statistics | None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> tuple[jax.Array, Statistics]:
+        """Applies both layers; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          statistics: those that the layer before handed on, ``(I,)``; None for the
+            first layer, which is ordinary batch norm.
+          use_running_average: normalize with the running statistics (evaluation).
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          The output, ``(N, *spatial, C)``, and the statistics to hand on, ``(C,)``.
+        """
+        norm = self.norm
+        evaluate = nn.merge_param(
+            "use_running_average", norm.use_running_average, use_running_average
+        )
+        y = self.linear(x)
+        features = y.shape[-1:]
+        if evaluate or self.is_initializing():
+            y = norm(y, use_running_average, mask=mask)
+            return y, norm.running(features)
+
+        if norm.ghost_groups != 1:
+            raise ValueError(
+                f"Expected norm.ghost_groups=1, got {norm.ghost_groups}. Map the "
+                "network over the groups, each with statistics of its own."
+            )
+        prior = None
+        if statistics is not None:
+            if not self.has_rng("sampling"):
+                raise ValueError(
+                    "Expected an rng stream 'sampling' for synthetic rows, got none in "
+                    f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
+                    "rngs={'sampling': key} to apply, a fresh key each step."
+                )
+            prior = kalman_prior(
+                self.make_rng("sampling"),
+                statistics,
+                self.linear,
+                (self.num_virtual, *x.shape[1:]),
+                activation=self.input_activation,
+                axis_name=norm.axis_name,
+                axis_index_groups=norm.axis_index_groups,
+            )
+
+        def mixed(*affine: Any, **options: Any) -> Any:
+            result = kalman_norm(
+                y, *affine, prior=prior, prior_weight=self.prior_weight, **options
+            )
+            return result, result[1]  # returned, and averaged
+
+        result: Any = norm.measured(mixed, features, mask)
+        return result

@@ -1,0 +1,58 @@
+"""L1-norm batch norm as a linen layer."""
+
+import jax
+
+from flax_sbn.alternatives.l1 import l1_moments
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.statistics import Moments, Statistics, update_running
+
+
+class L1BatchNorm(BatchNorm):
+    r"""Batch norm by the mean absolute deviation.
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias}, \qquad
+      s = \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
+
+    :class:`BatchNorm` otherwise, with its fields and names, for real inputs. The
+    running average is that of :math:`s`; the statistic ``var`` is its square less
+    ``epsilon``, and negative where a feature hardly varies. See
+    :func:`flax_sbn.alternatives.l1_moments`.
+
+    Raises:
+      TypeError: if the input is complex, and as :class:`BatchNorm`.
+      ValueError: see :class:`BatchNorm`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.linen.L1BatchNorm(use_running_average=False)
+      >>> x = jax.random.normal(jax.random.key(0), (32, 8, 8, 6))
+      >>> variables = layer.init(jax.random.key(1), x)
+      >>> y, updates = layer.apply(variables, x, mutable=["batch_stats"])
+      >>> y.shape, jax.tree.map(jnp.shape, updates)
+      ((32, 8, 8, 6), {'batch_stats': {'mean': (6,), 'var': (6,)}})
+
+    Source: Wu et al., "L1-Norm Batch Normalization for Efficient Training of Deep
+    Neural Networks", arXiv 1802.09769.
+    """
+
+    def measure(
+        self,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        """Returns the moments of measured values."""
+        return l1_moments(x, axes, where, one_pass, epsilon=self.epsilon)
+
+    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+        """Returns the running statistics after a step."""
+        return update_running(
+            running, statistics, self.momentum, std_epsilon=self.epsilon
+        )
+
+    def as_flax(self) -> bool:
+        """Whether training is that of flax's own layer."""
+        return False

@@ -1,0 +1,174 @@
+"""Batchless normalization as an nnx layer, and its start from data."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from flax_sbn.alternatives.batchless import (
+    batchless_init,
+    batchless_nll,
+    batchless_norm,
+)
+from flax_sbn.nnx.loss import sow_loss
+
+
+class BatchlessNorm(nnx.Module):
+    r"""Normalization with a mean and a scale that are parameters.
+
+    .. math::
+      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}}
+          + \mathit{bias}
+
+    The parameters ``mean`` and ``log_scale`` (:math:`\mu` and :math:`\rho`) get their
+    gradient from :func:`flax_sbn.alternatives.batchless_nll` alone, which the layer
+    sows in training as a :class:`Loss`. Collect it with ``nnx.capture``, and add the
+    sum to the loss; without it they never change. Evaluation computes the same and sows
+    nothing.
+
+    Both parameters start from zero; :func:`initialize_batchless` sets them in a whole
+    network to what they are on a batch.
+
+    Args:
+      num_features: number of features ``C``.
+      use_running_average: sow nothing (evaluation). There is no average: the name is
+        that of flax's batch normalization, which ``model.eval()`` sets.
+      axis: the feature axis.
+      epsilon: added to the variance.
+      dtype: dtype of the result; by default that of the input and parameters.
+      param_dtype: dtype of the parameters.
+      use_bias: whether there is a bias.
+      use_scale: whether there is a scale after the normalization.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      rngs: keys for the parameters.
+
+    Raises:
+      ValueError: if ``axis`` is out of range or ``epsilon`` is negative.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.BatchlessNorm(6, rngs=nnx.Rngs(0))
+      >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (32, 6))
+      >>> y = sbn.nnx.initialize_batchless(layer, x)
+      >>> bool(abs(y.mean(0)).max() < 1e-3), bool(abs(y.std(0) - 1).max() < 1e-3)
+      (True, True)
+      >>> y, losses = nnx.capture(layer, sbn.nnx.Loss)(x[:1])
+      >>> y.shape, sum(jax.tree.leaves(losses)).shape
+      ((1, 6), ())
+
+    Source: Berger & Uc Cetina, "Batchless Normalization: How to Normalize Activations
+    Across Instances with Minimal Memory Requirements", arXiv 2212.14729. The
+    ``epsilon`` is ours.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool = False,
+        axis: int = -1,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def param(init: Initializer) -> nnx.Param[jax.Array]:
+            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+
+        self.mean = param(initializers.zeros)
+        self.log_scale = param(initializers.zeros)
+        self.scale = param(scale_init) if use_scale else nnx.data(None)
+        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        self.use_running_average = use_running_average
+        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        self.initializing = False
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also sows the loss of mean and scale.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: sow nothing (evaluation); wins over the constructor's.
+          mask: booleans that broadcast to ``x``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = self.use_running_average
+        options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
+        if self.initializing:
+            mean, log_scale = batchless_init(x, mask=mask, **options)
+            self.mean[...] = mean.astype(self.mean.dtype)
+            self.log_scale[...] = log_scale.astype(self.log_scale.dtype)
+        elif not evaluate:
+            nll = batchless_nll(
+                x, self.mean[...], self.log_scale[...], mask=mask, **options
+            )
+            sow_loss(self, "nll", nll)
+        return batchless_norm(
+            x,
+            self.mean[...],
+            self.log_scale[...],
+            None if self.scale is None else self.scale[...],
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            **options,
+        )
+
+
+def initialize_batchless(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+    """Sets every :class:`BatchlessNorm` of a network to the statistics of a batch.
+
+    One forward pass, in which each layer is set before it normalizes: deeper layers see
+    normalized inputs. Whatever else a call changes, such as running averages, changes.
+
+    Args:
+      model: the network, or a layer.
+      *args: what it is called with: a batch of real rows.
+      **kwargs: likewise.
+
+    Returns:
+      What the call returns.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(
+      ...     sbn.nnx.BatchlessNorm(3, rngs=rngs),
+      ...     nnx.Linear(3, 4, rngs=rngs),
+      ...     sbn.nnx.BatchlessNorm(4, rngs=rngs),
+      ... )
+      >>> x = 5 + jax.random.normal(jax.random.key(0), (64, 3))
+      >>> y = sbn.nnx.initialize_batchless(model, x)
+      >>> bool(abs(y.mean(0)).max() < 1e-3), bool(abs(y.std(0) - 1).max() < 1e-2)
+      (True, True)
+
+    Source: Berger & Uc Cetina, "Batchless Normalization: How to Normalize Activations
+    Across Instances with Minimal Memory Requirements", arXiv 2212.14729.
+    """
+    model.set_attributes(BatchlessNorm, initializing=True)
+    try:
+        return model(*args, **kwargs)
+    finally:
+        model.set_attributes(BatchlessNorm, initializing=False)

@@ -1,0 +1,88 @@
+"""Diminishing batch norm, as an nnx layer."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_sbn.alternatives.diminishing import (
+    diminished,
+    one_over_steps,
+    update_diminished,
+)
+from flax_sbn.alternatives.schedules import Schedule, value_at
+from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.statistics import Statistics
+
+
+class DiminishingBatchNorm(BatchNorm):
+    r"""Batch norm with a moving average whose steps grow smaller, in training as well.
+
+    .. math::
+      \mu_t = a_t \mu_b + (1 - a_t) \mu_{t-1}, \qquad
+      s_t = a_t s_b + (1 - a_t) s_{t-1}, \qquad
+      y = \mathit{scale} \cdot \frac{x - \mu_t}{s_t} + \mathit{bias}
+
+    :class:`BatchNorm` that normalizes with its running statistics after they have been
+    updated; see :func:`flax_sbn.alternatives.diminishing_batch_norm`, and for the rest
+    :class:`BatchNorm`. ``var`` is the square of :math:`s_t` less ``epsilon``, so that
+    evaluation, export and :class:`BatchNorm` read it as usual. The number of training
+    steps is kept beside it as ``step``, int32, and is saved and restored with it.
+    ``weight`` takes the place of ``momentum`` and ``running_weight``, which change
+    nothing.
+
+    With a ``sampler`` it mixes sampled statistics, and as ``norm_cls`` of
+    :class:`ConvNorm` and :class:`DenseNorm` it folds into the layer before it.
+
+    Args:
+      num_features: number of features ``C``.
+      weight: the weight :math:`a_t` of a step's statistics: a number in [0, 1] or a
+        function of the step, whose values are clipped; 1 is :class:`BatchNorm`.
+      rngs: see :class:`BatchNorm`.
+      **options: those of :class:`BatchNorm`.
+
+    Raises:
+      TypeError: as :class:`BatchNorm`.
+      ValueError: if a number is out of range, and as :class:`BatchNorm`.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.DiminishingBatchNorm(6, rngs=nnx.Rngs(0))
+      >>> y = layer(jax.random.normal(jax.random.key(0), (8, 8, 8, 6)))
+      >>> y.shape, int(layer.step[...])
+      ((8, 8, 8, 6), 1)
+
+    Source: Ma & Klabjan, "Diminishing Batch Normalization", arXiv 1705.08011. The
+    formulation, and the default weight, are ours.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        weight: Schedule = one_over_steps,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, rngs=rngs, **options)
+        self.weight = weight
+        self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+        """Returns what to normalize with, given what was measured."""
+        weight = value_at(self.weight, self.step[...])
+        return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
+
+    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+        """Returns the running statistics after a step, and counts it."""
+        weight = value_at(self.weight, self.step[...])
+        self.step[...] += 1
+        return update_diminished(
+            running, statistics, weight=weight, epsilon=self.epsilon
+        )
+
+    def as_flax(self) -> bool:
+        """Whether training is that of flax's own layer: never."""
+        return False

@@ -1,0 +1,106 @@
+"""The forward pass of an nnx module that also measures its layers' inputs."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from flax_sbn.optim.preconditioning import input_statistics, pool_inputs
+
+
+def call_with_inputs(
+    model: nnx.Module, *args: Any, **kwargs: Any
+) -> tuple[Any, dict[Any, Any]]:
+    """Calls ``model``, and measures what goes into each layer.
+
+    Layers are :class:`flax.nnx.Linear` and :class:`flax.nnx.Conv`, wherever in the
+    model. Left out are their subclasses, which may do otherwise, convolutions in
+    groups, and layers of several models at once, made with ``nnx.vmap``. A layer that
+    is called more than once gives the statistics of all its inputs. ``nnx.jit`` and
+    ``nnx.remat`` inside of the model are fine.
+
+    nnx cannot intercept calls. So the layers get another class, and a variable, for as
+    long as the call takes: the model must be open to changes, as it has to be for batch
+    norm (not from outside of the ``jit`` or ``grad`` that traces the call).
+
+    The statistics carry no gradient. Each device of a ``shard_map`` measures its own
+    rows.
+
+    Args:
+      model: what is called.
+      *args: what it is called with.
+      **kwargs: likewise.
+
+    Returns:
+      What ``model`` returns, and a tree with
+      :class:`flax_sbn.optim.InputStatistics` at the paths of the layers' kernels in
+      the model's state, for :func:`flax_sbn.optim.batch_norm_preconditioning`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> rngs = nnx.Rngs(0)
+      >>> first, last = nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 2, rngs=rngs)
+      >>> model = nnx.Sequential(first, nnx.relu, last)
+      >>> y, inputs = sbn.nnx.call_with_inputs(model, jnp.ones((8, 3)))
+      >>> y.shape, inputs["layers"][2]["kernel"].mean.shape
+      ((8, 2), (5,))
+    """
+    layers: dict[Any, Any] = {
+        path: module for path, module in nnx.iter_modules(model) if _is_measured(module)
+    }
+    changed: list[tuple[Any, type]] = []
+    try:
+        for layer in layers.values():
+            layer.measured = _Measured(None)
+            changed.append((layer, type(layer)))
+            _set_class(layer, _MEASURING[type(layer)])
+        result = model(*args, **kwargs)
+        measured = {path: m.measured.get_value() for path, m in layers.items()}
+    finally:
+        for layer, before in changed:
+            _set_class(layer, before)
+            del layer.measured
+    return result, unflatten_dict(
+        {(*path, "kernel"): s for path, s in measured.items() if s is not None}
+    )
+
+
+class _Measured(nnx.Variable[Any]):
+    """Statistics of a layer's input, None before its first call."""
+
+
+class _Linear(nnx.Linear):
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        _measure(self, inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+
+class _Conv(nnx.Conv):
+    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        _measure(self, inputs)
+        return super().__call__(inputs, *args, **kwargs)
+
+
+_MEASURING: dict[type, type] = {nnx.Linear: _Linear, nnx.Conv: _Conv}
+
+
+def _measure(layer: Any, inputs: jax.Array) -> None:
+    before = layer.measured.get_value()
+    layer.measured.set_value(pool_inputs(before, input_statistics(inputs)))
+
+
+def _is_measured(module: Any) -> bool:
+    # Groups, and stacked models, have kernels of another shape.
+    return type(module) in _MEASURING and module.kernel.shape == (
+        *getattr(module, "kernel_size", ()),
+        module.in_features,
+        module.out_features,
+    )
+
+
+def _set_class(layer: Any, to: type) -> None:
+    # Past nnx, which would take it for an attribute of the layer.
+    object.__setattr__(layer, "__class__", to)

@@ -1,0 +1,141 @@
+"""Mixture normalization, as an nnx layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from flax_sbn.alternatives.mixture import (
+    Mixture,
+    initial_mixture,
+    mixture_norm,
+    mixture_normalize,
+)
+
+
+class MixtureNorm(nnx.Module):
+    r"""Normalizes by the modes of the batch: a mixture of normal distributions.
+
+    .. math::
+      y_i = \mathit{scale} \cdot \sum_k \frac{\nu_{ik}}{\sqrt{\lambda_k}}
+      \frac{x_i - \mu_k}{\sqrt{v_k + \epsilon}} + \mathit{bias}
+
+    In training the mixture is fitted to the feature vectors of the batch, from the
+    running one on; at evaluation the running one is used. See
+    :func:`flax_sbn.alternatives.mixture_norm`. The running state is ``weight``,
+    ``(K,)``, ``mean`` and ``var``, ``(K, C)``, and ``step``. Nothing is drawn.
+
+    Args:
+      num_features: number of features ``C``.
+      use_running_average: normalize with the running mixture (evaluation).
+      axis: the feature axis.
+      momentum: decay rate of the running mixture; the first batch replaces it.
+      epsilon: added to the variances.
+      dtype: dtype of the result; by default that of input and parameters promoted.
+      param_dtype: dtype of the parameters.
+      use_bias: whether a bias is added.
+      use_scale: whether to multiply by a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: devices that fit one mixture.
+      num_components: the number of components ``K``; 1 is batch norm.
+      num_steps: steps of expectation maximization for each batch, at least 1.
+      rngs: keys for the parameters.
+
+    Raises:
+      ValueError: if ``axis`` is out of range, the input has another number of features,
+        or ``num_components`` or ``num_steps`` is below 1.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.MixtureNorm(6, num_components=2, rngs=nnx.Rngs(0))
+      >>> y = layer(jax.random.normal(jax.random.key(0), (8, 8, 8, 6)))
+      >>> y.shape, layer.weight.shape, layer.mean.shape, int(layer.step[...])
+      ((8, 8, 8, 6), (2,), (2, 6), 1)
+
+    Source: Kalayeh & Shah, "Training Faster by Separating Modes of Variation in
+    Batch-normalized Models", arXiv 1806.02892. The formulation is ours.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        axis_name: str | tuple[str, ...] | None = None,
+        num_components: int = 3,
+        num_steps: int = 2,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def param(init: Initializer) -> nnx.Param[jax.Array]:
+            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+
+        self.use_running_average = use_running_average
+        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        self.axis_name, self.momentum, self.num_steps = axis_name, momentum, num_steps
+        self.scale = param(scale_init) if use_scale else nnx.data(None)
+        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        initial = initial_mixture(num_components, (num_features,))
+        self.step, self.weight, self.mean, self.var = map(nnx.BatchStat, initial)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also updates the running mixture.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: normalize with the running mixture (evaluation); wins
+            over the constructor's.
+          mask: booleans that broadcast to ``(N, *spatial, 1)``: False is not measured.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = self.use_running_average
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        state = (self.step, self.weight, self.mean, self.var)
+        running = Mixture(*(variable[...] for variable in state))
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+        }
+        if evaluate:
+            return mixture_normalize(x, running, scale, bias, **options)
+        y, updated = mixture_norm(
+            x,
+            scale,
+            bias,
+            running=running,
+            num_steps=self.num_steps,
+            momentum=self.momentum,
+            mask=mask,
+            axis_name=self.axis_name,
+            **options,
+        )
+        for variable, value in zip(state, updated, strict=True):
+            variable[...] = value
+        return y

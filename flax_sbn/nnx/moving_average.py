@@ -1,0 +1,210 @@
+"""Moving-average batch norm and the centered convolution before it, in nnx."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+
+from flax_sbn.alternatives.moving_average import (
+    MovingAverages,
+    center_kernel,
+    moving_average_batch_norm,
+    moving_averages,
+)
+from flax_sbn.normalization import normalize
+
+
+class OverwriteWithGradient(nnx.Variable[Any]):
+    """A variable whose gradient is its next value; linen has a collection of the name.
+
+    It is no :class:`flax.nnx.Param`, so that optimizers leave it alone. Differentiate
+    with respect to both, and write the gradient back.
+
+    Example:
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> issubclass(sbn.nnx.OverwriteWithGradient, nnx.Param)
+      False
+    """
+
+
+class MovingAverageBatchNorm(nnx.Module):
+    r"""Batch norm for micro-batches: averages over the last steps, in both directions.
+
+    .. math::
+      y = \mathit{scale} \cdot r \frac{x}{\sqrt{\chi + \epsilon}} + \mathit{bias},
+      \qquad \chi = \mathrm{average}_t(\mathrm{mean}(x_t^2))
+
+    See :func:`flax_sbn.alternatives.moving_average_batch_norm` for ``r`` and the
+    backward pass, and put it behind a :class:`CenteredConv` without a bias: it
+    subtracts no mean. The running state is ``chi``, ``(window, C)``, ``var``, ``(C,)``
+    and ``step``, as :class:`flax.nnx.BatchStat`.
+
+    The averages of the backward pass are ``psi``, ``(window, C)``, an
+    :class:`OverwriteWithGradient`, whose gradient is its next value: differentiate with
+    respect to it, too, and write the gradient back after each step, as below; keep it
+    from clipping, loss scaling and gradient accumulation.
+
+    Args:
+      num_features: number of features ``C``.
+      use_running_average: normalize with ``var`` (evaluation).
+      axis: the feature axis.
+      momentum: decay rate of ``var``.
+      epsilon: added to the mean squares.
+      dtype: dtype of the result; by default that of input and parameters promoted.
+      param_dtype: dtype of the parameters.
+      use_bias: whether a bias is added.
+      use_scale: whether to multiply by a scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: devices that pool their averages.
+      window: how many steps are averaged over; times the rows of a step, the batch size
+        to be simulated.
+      warmup: steps before averages over the window are used.
+      renorm_warmup: steps before :math:`r` is.
+      r_max: limit of :math:`r`, at least 1.
+      rngs: keys for the parameters.
+
+    Raises:
+      ValueError: if ``axis`` is out of range, the input has another number of features,
+        or ``window`` or ``r_max`` is below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.MovingAverageBatchNorm(6, rngs=nnx.Rngs(0))
+      >>> optimizer = nnx.Optimizer(layer, optax.sgd(0.1), wrt=nnx.Param)
+      >>> x = jax.random.normal(jax.random.key(0), (2, 8, 8, 6))
+      >>> wrt = nnx.Any(nnx.Param, sbn.nnx.OverwriteWithGradient)
+      >>> grads = nnx.grad(lambda layer: jnp.sin(layer(x)).mean(),
+      ...                  argnums=nnx.DiffState(0, wrt))(layer)
+      >>> _ = optimizer.update(layer, grads)  # the parameters
+      >>> nnx.update(layer, nnx.state(grads, sbn.nnx.OverwriteWithGradient))
+      >>> bool((layer.psi[-1] != 0).all()), int(layer.step[...])
+      (True, 1)
+
+    Source: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of
+    Batch Normalization", arXiv 2001.06838.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool = False,
+        axis: int = -1,
+        momentum: float = 0.98,
+        epsilon: float = 1e-5,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        axis_name: str | tuple[str, ...] | None = None,
+        window: int = 16,
+        warmup: int = 100,
+        renorm_warmup: int = 1000,
+        r_max: float = 5.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def param(init: Initializer) -> nnx.Param[jax.Array]:
+            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+
+        self.use_running_average = use_running_average
+        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        self.axis_name, self.momentum, self.warmup = axis_name, momentum, warmup
+        self.renorm_warmup, self.r_max = renorm_warmup, r_max
+        self.scale = param(scale_init) if use_scale else nnx.data(None)
+        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        initial = moving_averages((num_features,), window)
+        self.step, self.chi, self.var = map(nnx.BatchStat, initial)
+        self.psi = OverwriteWithGradient(jnp.zeros_like(initial.chi))
+
+    def __call__(
+        self, x: jax.Array, use_running_average: bool | None = None
+    ) -> jax.Array:
+        """Normalizes ``x``; in training also updates the averages.
+
+        Args:
+          x: ``(N, *spatial, C)``, or with features at ``axis``.
+          use_running_average: normalize with ``var`` (evaluation); wins over the
+            constructor's.
+
+        Returns:
+          An array of the shape of ``x``.
+        """
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = self.use_running_average
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        running = MovingAverages(self.step[...], self.chi[...], self.var[...])
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+        }
+        if evaluate:
+            return normalize(x, running.statistics(), scale, bias, **options)
+
+        y, updated = moving_average_batch_norm(
+            x,
+            scale,
+            bias,
+            psi=self.psi[...],
+            running=running,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            warmup=self.warmup,
+            renorm_warmup=self.renorm_warmup,
+            r_max=self.r_max,
+            **options,
+        )
+        self.step[...], self.chi[...], self.var[...] = updated
+        return y
+
+
+class CenteredConv(nnx.Conv):
+    r"""Convolution whose weights have mean zero for each output feature.
+
+    .. math::
+      y = \mathrm{conv}(x,\ W - \mathrm{mean}(W)) + \mathit{bias}
+
+    See :func:`flax_sbn.alternatives.center_kernel`. Arguments and parameters are those
+    of :class:`flax.nnx.Conv`; the weights are centered before they are cast to
+    ``dtype``. Set ``use_bias=False`` before :class:`MovingAverageBatchNorm`.
+
+    Raises:
+      ValueError: if only one weight leads to each output.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> layer = sbn.nnx.CenteredConv(
+      ...     3, 6, (3, 3), use_bias=False, padding="VALID", rngs=nnx.Rngs(0)
+      ... )
+      >>> bool(jnp.allclose(layer(jnp.ones((4, 8, 8, 3))), 0, atol=1e-5))
+      True
+
+    Source: Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of
+    Batch Normalization", arXiv 2001.06838.
+    """
+
+    def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
+        return nnx.Conv.__call__(_centered(self), inputs, *args, **options)
+
+
+def _centered(layer: Any) -> Any:
+    """Returns a copy, its kernel centered, for flax's own call to compute with."""
+    graph, state = nnx.split(layer)
+    kernel: Any = state["kernel"]
+    state["kernel"] = kernel.replace(center_kernel(kernel[...], mask=layer.mask))
+    return nnx.merge(graph, state)
