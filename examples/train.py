@@ -48,8 +48,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  train.py --dataset cifar10 --data-dir DIR --model resnet20 --epochs 60\n"
         "\n"
         "models: resnet8, resnet20, resnet56 and mlp are for small images and come\n"
-        "in linen and nnx. The others are for ImageNet, in linen. They take smaller\n"
-        "images as they are, densenet121 from 32 x 32, of which one pixel is left.\n",
+        "in linen and nnx; so is binary8, in linen, whose weights and activations are\n"
+        "binary. The others are for ImageNet, in linen. They take smaller images as\n"
+        "they are, densenet121 from 32 x 32, of which one pixel is left.\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to compare")
@@ -59,7 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help=f"any of {', '.join(methods.NAMES)}; an amount may follow: bs:8 measures "
         "8 rows, fs:1/16 that share of each map, vdn:4 four virtual rows, "
-        f"fs:1/64+vdn:4 both (default: {' '.join(methods.DEFAULT)})",
+        "fs:1/64+vdn:4 both, brn@fs:1/64 Batch Renormalization of that share, ghost:8 "
+        f"eight groups, ba:4 four copies (default: {' '.join(methods.DEFAULT)})",
     )
     what.add_argument(
         "--sampler",

@@ -14,7 +14,6 @@ import numpy as np
 
 import flax_sbn as sbn
 
-
 SAMPLERS: dict[str, sbn.Sampler] = {
     "NS": sbn.NaiveSampling(4),
     "BS": sbn.BatchSampling(4),

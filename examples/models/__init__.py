@@ -12,13 +12,13 @@ from flax import linen as nn
 from flax import nnx
 
 from methods import Method
+from models.binary_resnet import BinaryResNet
 from models.cifar_resnet import CifarResNet, NnxCifarResNet
 from models.densenet import DenseNet
 from models.imagenet_resnet import ResNet
 from models.linen_units import LinenUnits
 from models.mlp import MLP, NnxMLP
 from models.nnx_units import NnxUnits
-from models.units import JOINED
 
 LINEN: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(CifarResNet, blocks=1),
@@ -28,6 +28,7 @@ LINEN: dict[str, Callable[..., nn.Module]] = {
     "resnet34": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
     "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True),
     "densenet121": functools.partial(DenseNet, blocks=(6, 12, 24, 16)),
+    "binary8": functools.partial(BinaryResNet, blocks=1),
     "mlp": MLP,
 }
 NNX: dict[str, Callable[..., nnx.Module]] = {
@@ -36,8 +37,15 @@ NNX: dict[str, Callable[..., nnx.Module]] = {
     "resnet56": functools.partial(NnxCifarResNet, blocks=9),
     "mlp": NnxMLP,
 }
+# Methods that replace more than the norm behind a layer, and the models that let them.
+JOINED: dict[str, tuple[str, ...]] = {
+    "ic": tuple(NNX),
+    "kalman": tuple(NNX),
+    "norm_free": (*NNX, "binary8"),
+}
+_SMALL = {*NNX, "binary8"}
 IMAGE_SHAPES: dict[str, tuple[int, int, int]] = {
-    name: (32, 32, 3) if name in NNX else (224, 224, 3) for name in LINEN
+    name: (32, 32, 3) if name in _SMALL else (224, 224, 3) for name in LINEN
 }
 
 
@@ -63,10 +71,10 @@ def linen_model(
     Raises:
       ValueError: if the method does not fit the model.
     """
-    if method.kind in JOINED and name not in NNX:
+    if name not in (fitting := JOINED.get(method.kind, LINEN)):
         raise ValueError(
-            f"Expected one of the models {', '.join(NNX)} for {method.name}, which "
-            f"replaces more than the norm behind a layer, got {name!r}."
+            f"Expected one of {', '.join(fitting)} for {method.name}, which replaces "
+            f"more than the norm behind a layer, got {name!r}."
         )
     units = LinenUnits(method, train, dtype)
     return LINEN[name](units=units, num_classes=num_classes, **_given(width))

@@ -48,8 +48,6 @@ NORMS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # Kinds whose layers behave otherwise in training.
 STATELESS = {"filter_response"}
-# Kinds that have to replace more than the norm behind a layer.
-JOINED = {"ic", "kalman", "norm_free"}
 BRANCH_FACTOR = 0.2  # of a residual branch without a norm
 SHADE_WEIGHT = 1e-4
 IC_RATE = 0.05
@@ -91,7 +89,7 @@ def join(
     residual: Carried | None,
     activation: Activation | None,
 ) -> Carried:
-    """Adds a residual to what a layer gives, values and statistics, and activates it."""
+    """Adds a residual to what a layer gives, statistics too, and activates it."""
     y, statistics = layer
     if residual is not None:
         y = y + residual.value

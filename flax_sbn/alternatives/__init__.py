@@ -11,7 +11,12 @@ from flax_sbn.alternatives.batchless import (
 )
 from flax_sbn.alternatives.binarization import binarize, binarize_kernel
 from flax_sbn.alternatives.depthwise import bnet, depthwise_affine, identity_kernel
-from flax_sbn.alternatives.diminishing import diminishing_batch_norm
+from flax_sbn.alternatives.diminishing import (
+    diminished,
+    diminishing_batch_norm,
+    one_over_steps,
+    update_diminished,
+)
 from flax_sbn.alternatives.entropy import shade, shade_init, shade_update
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
 from flax_sbn.alternatives.ghost import ghost_batch_norm
@@ -22,7 +27,12 @@ from flax_sbn.alternatives.kalman import (
     kalman_update,
 )
 from flax_sbn.alternatives.l1 import l1_batch_norm, l1_moments
-from flax_sbn.alternatives.mixture import mixture_norm
+from flax_sbn.alternatives.mixture import (
+    Mixture,
+    initial_mixture,
+    mixture_norm,
+    mixture_normalize,
+)
 from flax_sbn.alternatives.moving_average import (
     MovingAverages,
     center_kernel,
@@ -39,6 +49,7 @@ from flax_sbn.alternatives.weight_standardization import (
 )
 
 __all__ = [
+    "Mixture",
     "MovingAverages",
     "Schedule",
     "activation_gain",
@@ -52,20 +63,24 @@ __all__ = [
     "bnet",
     "center_kernel",
     "depthwise_affine",
+    "diminished",
     "diminishing_batch_norm",
     "expected_std",
     "filter_response_norm",
     "ghost_batch_norm",
     "identity_kernel",
+    "initial_mixture",
     "kalman_norm",
     "kalman_prior",
     "kalman_update",
     "l1_batch_norm",
     "l1_moments",
     "mixture_norm",
+    "mixture_normalize",
     "moving_average_batch_norm",
     "moving_averages",
     "norm_free_residual",
+    "one_over_steps",
     "range_batch_norm",
     "range_moments",
     "scaled",
@@ -74,4 +89,5 @@ __all__ = [
     "shade_update",
     "standardize_kernel",
     "tlu",
+    "update_diminished",
 ]

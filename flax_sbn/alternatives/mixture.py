@@ -99,11 +99,11 @@ def mixture_norm(
     count as constants. One component is batch norm; where :math:`K` lie far apart, the
     variance of the normalized values is :math:`K`.
 
-    Every variance is mixed with the average over the components, as of one point more,
-    a weight counts as at least :math:`0.1 / K`, and a component without points keeps
-    its mean: nothing becomes infinite. The first batch is split into equal
-    parts along its principal axis. Later ones start from the running mixture, so that
-    each component stays the same one, and averages over steps make sense.
+    Every variance includes a hundredth of a point of the whole batch's, a weight counts
+    as at least :math:`0.1 / K`, and a component without points keeps its mean: nothing
+    becomes infinite. The first batch is split into equal parts along its principal
+    axis. Later ones start from the running mixture, so that each component stays the
+    same one, and averages over steps make sense.
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``. Any real dtype; the
@@ -117,7 +117,8 @@ def mixture_norm(
       mask: booleans that broadcast to ``(N, *spatial, 1)``: False leaves a point out
         of the mixture. It is normalized all the same.
       axis_name: name of a mapped axis (``shard_map``, ``pmap``, ``vmap``) over whose
-        devices one mixture is fitted, with one small all-reduce in each step.
+        devices one mixture is fitted, with a small all-reduce in each step; the first
+        batch also gathers a number for each point.
       epsilon: added to the variances.
       dtype: dtype of the result; by default that of ``x``, ``scale`` and ``bias``
         promoted.
@@ -165,10 +166,8 @@ def mixture_norm(
         posteriors = _posteriors(constant, mixture, epsilon)
         mixture = _measure(points, posteriors, mixture, where, axis_name)
     y = _normalize(points, posteriors, mixture, epsilon)
-    return (
-        _finish(y, x, scale, bias, axis, dtype),
-        _update(running, lax.stop_gradient(mixture), momentum),
-    )
+    y = _finish(y, x, scale, bias, axis, dtype)
+    return y, _update(*lax.stop_gradient((running, mixture)), momentum)
 
 
 def mixture_normalize(
@@ -256,10 +255,11 @@ def _measure(
     divisor = jnp.where(counts > 0, counts, 1)
     mean = jnp.where(counts > 0, first / divisor, start.mean - center)
     squares = jnp.maximum(0, second - counts * jnp.square(mean))
-    # One point more, of the average variance: no component shrinks to a point.
-    var = (squares + squares.sum(0) / jnp.maximum(total, 1)) / (counts + 1)
-    weight = num / jnp.maximum(total, 1)
-    fitted = Mixture(start.step + 1, weight, mean + center, var)
+    # A hundredth of a point of the batch's variance: no component shrinks to a point.
+    whole, divisor = first.sum(0), jnp.maximum(total, 1)
+    whole_var = jnp.maximum(0, second.sum(0) / divisor - jnp.square(whole / divisor))
+    var = (squares + 0.01 * whole_var) / (counts + 0.01)
+    fitted = Mixture(start.step + 1, num / divisor, mean + center, var)
     return jax.tree.map(lambda f, s: jnp.where(total > 0, f, s), fitted, start)
 
 

@@ -25,7 +25,7 @@ def value_at(schedule: Schedule, step: jax.Array) -> float | jax.Array:
 
 
 def ramp(begin: int, end: int, low: float, high: float) -> Schedule:
-    """Returns a schedule: ``low`` up to ``begin``, ``high`` from ``end``, linear between.
+    """Returns a schedule: ``low`` up to ``begin``, linear to ``high`` at ``end``.
 
     Example:
       >>> import jax.numpy as jnp

@@ -13,6 +13,7 @@ from flax_sbn.linen.ic import IC
 from flax_sbn.linen.input_statistics import apply_with_inputs
 from flax_sbn.linen.kalman import KalmanNorm
 from flax_sbn.linen.l1 import L1BatchNorm
+from flax_sbn.linen.mixture import MixtureNorm
 from flax_sbn.linen.moving_average import CenteredConv, MovingAverageBatchNorm
 from flax_sbn.linen.norm_free import NormFreeBlock
 from flax_sbn.linen.range_norm import RangeBatchNorm
@@ -33,6 +34,7 @@ __all__ = [
     "FilterResponseNorm",
     "KalmanNorm",
     "L1BatchNorm",
+    "MixtureNorm",
     "MovingAverageBatchNorm",
     "NormFreeBlock",
     "RangeBatchNorm",

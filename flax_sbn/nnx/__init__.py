@@ -14,6 +14,7 @@ from flax_sbn.nnx.input_statistics import call_with_inputs
 from flax_sbn.nnx.kalman import KalmanNorm
 from flax_sbn.nnx.l1 import L1BatchNorm
 from flax_sbn.nnx.loss import Loss
+from flax_sbn.nnx.mixture import MixtureNorm
 from flax_sbn.nnx.moving_average import (
     CenteredConv,
     MovingAverageBatchNorm,
@@ -39,6 +40,7 @@ __all__ = [
     "KalmanNorm",
     "L1BatchNorm",
     "Loss",
+    "MixtureNorm",
     "MovingAverageBatchNorm",
     "NormFreeBlock",
     "OverwriteWithGradient",

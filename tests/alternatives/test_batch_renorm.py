@@ -82,7 +82,7 @@ def test_output_and_gradient_are_those_of_the_equations(dtype, r_max, d_max, x64
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_channels_of_small_variance_are_scaled_right(dtype, x64):
-    # Adding epsilon twice would give a gain of 22.9 in place of 10.1... at 1e-4.
+    # Adding epsilon twice would divide by more than the standard deviation.
     x = 1e-2 * jax.random.normal(jax.random.key(0), (4096, 2), dtype)
     var = jnp.full(2, 1e-4, dtype)
     running = sbn.Statistics(jnp.zeros(2, dtype), var)
