@@ -41,7 +41,6 @@ from flax_sbn.alternatives.moving_average import (
 )
 from flax_sbn.alternatives.norm_free import expected_std, norm_free_residual
 from flax_sbn.alternatives.range_norm import range_batch_norm, range_moments
-from flax_sbn.alternatives.schedules import Schedule
 from flax_sbn.alternatives.weight_standardization import (
     activation_gain,
     scaled,
@@ -51,7 +50,6 @@ from flax_sbn.alternatives.weight_standardization import (
 __all__ = [
     "Mixture",
     "MovingAverages",
-    "Schedule",
     "activation_gain",
     "add_statistics",
     "batch_renorm",

@@ -33,11 +33,11 @@ def ghost_batch_norm(
       x: ``(N, *spatial, C)``, or with features at ``axis``.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
-      num_groups: the number of groups ``G``; one is :func:`batch_norm`.
+      num_groups: the number of groups ``G``; one is :func:`flax_sbn.batch_norm`.
       axis: the feature axis or axes.
       key: random key; each group draws with one of its own.
       mask: booleans that broadcast to ``x``: False is not measured.
-      **options: those of :func:`batch_norm`, for every group.
+      **options: those of :func:`flax_sbn.batch_norm`, for every group.
 
     Returns:
       The normalized array, of the shape of ``x``, and the averages of the groups'
@@ -45,7 +45,7 @@ def ghost_batch_norm(
 
     Raises:
       ValueError: if the rows cannot be divided into the groups, and as
-        :func:`batch_norm`.
+        :func:`flax_sbn.batch_norm`.
 
     Example:
       >>> import jax, jax.numpy as jnp
