@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -193,13 +194,27 @@ def trained(
     # Each process would take most of a GPU's memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     context = multiprocessing.get_context("spawn")  # JAX does not survive a fork
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        args.jobs, context, initializer=_end_with_parent
+    ) as pool:
         futures = [pool.submit(train, group, args.data_dir) for group in groups]
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield from future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this process with the one that started it, and does not train on alone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def train(

@@ -187,6 +187,19 @@ def test_a_killed_sweep_goes_on(signum, tmp_path):
     assert [line["experiment"]["seed"] for line in lines(path)] == list(range(6))
 
 
+def test_a_killed_sweep_leaves_no_process_behind(tmp_path):
+    path = tmp_path / "results.jsonl"
+    seeds = [str(seed) for seed in range(50)]
+    args = [*SMALL, "--jobs", "2", "--seed", *seeds, "--results", str(path)]
+    command = [sys.executable, str(ROOT / "examples" / "sweep.py"), *args]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    while not path.exists() or not path.read_text().count("\n"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate(timeout=10)  # the output ends with the last that could write it
+
+
 def test_two_processes_share_a_sweep(tmp_path):
     path = tmp_path / "results.jsonl"
     args = [*SMALL, "--seed", "0", "1", "--jobs", "2", "--results", str(path)]
