@@ -192,7 +192,7 @@ def _draw_by_rows(
     means = np.array([values.mean() for values in last])
     errors = np.array([values.std(ddof=min(1, len(values) - 1)) for values in last])
     style: Any = {"color": color, "linestyle": linestyle}
-    if len(settings) == 1:
+    if [setting.rows for setting in settings] == [None]:
         ax.axhline(means[0], lw=1.6, **style)
         ax.axhspan(*(means + [-1, 1] * errors), color=color, alpha=0.12, lw=0)
         return

@@ -98,6 +98,7 @@ def test_accuracies_of_the_study_are_those_of_the_committed_results() -> None:
         f"{accuracy('fs:1/64')} in the study below, BN {accuracy('bn')}",
         f"two rows at a time: {accuracy('fs:1/64+vdn:2~3/4', 2)}, where BN has "
         f"{accuracy('bn', 2)} and group norm {accuracy('gn')}",
+        f"which needs more of the training step, {accuracy('mabn', 2)}",
     ):
         assert text in " ".join(README.split())
 
