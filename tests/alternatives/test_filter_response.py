@@ -266,7 +266,7 @@ def test_layers_are_the_function_with_their_parameters(name):
         {"threshold_init": jax.nn.initializers.constant(0.5)},
         {"dtype": jnp.bfloat16, "param_dtype": jnp.float16},
     ],
-    ids=str,
+    ids=["defaults", "axis", "init", "dtypes"],
 )
 def test_the_layers_of_the_activation_are_the_function_with_its_threshold(options):
     x = cases.inputs((4, 3, 5, 3))
