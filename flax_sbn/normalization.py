@@ -18,6 +18,7 @@ from flax_sbn.statistics import (
     Measure,
     Statistics,
     batch_statistics,
+    of_features,
     reduction_axes,
 )
 
@@ -66,17 +67,9 @@ def normalize(
     """
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
 
     def expand(name: str, value: ArrayLike) -> jax.Array:
-        value = jnp.asarray(value)
-        if value.shape != features:
-            raise ValueError(
-                f"Expected {name} of shape {features}, got {name} of shape "
-                f"{value.shape} for an input of shape {x.shape} and {axis=}. "
-                "Is `axis` the feature axis?"
-            )
-        return jnp.expand_dims(value, axes)
+        return jnp.expand_dims(of_features(name, value, x.shape, axis), axes)
 
     y = x - expand("mean", statistics.mean)
     factor = lax.rsqrt(expand("var", statistics.var) + epsilon)

@@ -71,6 +71,32 @@ def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
     return tuple(a for a in range(ndim) if a not in features)
 
 
+def of_features(
+    name: str, value: ArrayLike, shape: Sequence[int], axis: Axis
+) -> jax.Array:
+    """Returns an array with a number for each feature of an input.
+
+    Args:
+      name: of the array, for the error.
+      value: the array.
+      shape: of the input.
+      axis: the feature axis or axes of the input.
+
+    Raises:
+      ValueError: if the array has another shape than the feature axes.
+    """
+    value = jnp.asarray(value)
+    axes = reduction_axes(len(shape), axis)
+    features = tuple(n for a, n in enumerate(shape) if a not in axes)
+    if value.shape != features:
+        raise ValueError(
+            f"Expected {name} of shape {features}, got {name} of shape {value.shape} "
+            f"for an input of shape {tuple(shape)} and {axis=}. Is `axis` the feature "
+            "axis?"
+        )
+    return value
+
+
 def batch_statistics(
     x: ArrayLike,
     *,

@@ -1,7 +1,6 @@
 """The models of the examples: as published, and the same for every normalization."""
 
 import dataclasses
-import functools
 import math
 
 import chex
@@ -14,6 +13,7 @@ from flax import nnx
 import flax_sbn as sbn
 from methods import Method, parse_method
 from models import IMAGE_SHAPES, NNX, linen_model, nnx_model
+from tests.compiling import fast_jit
 
 # Published: He et al. in the paper's tables, the ImageNet models in torchvision.
 PARAMETERS = {
@@ -25,10 +25,6 @@ PARAMETERS = {
     "densenet121": 7_978_856,
 }
 KINDS = ("resnet8", "resnet18", "resnet50", "densenet121", "mlp")
-# Compiling is most of the work here: four times as fast, for slower programs.
-fast_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 SAMPLED = parse_method("bs:2")
 FOLDED = dataclasses.replace(SAMPLED, folded=True)
 METHODS = {

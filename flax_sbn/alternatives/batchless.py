@@ -11,7 +11,14 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.normalization import normalize
-from flax_sbn.statistics import Axis, Statistics, batch_statistics, reduction_axes
+from flax_sbn.statistics import (
+    Axis,
+    Statistics,
+    batch_statistics,
+    of_features,
+    reduction_axes,
+    wide,
+)
 
 
 def batchless_norm(
@@ -202,17 +209,8 @@ def _parameters(
     """Returns both parameters in float32 or wider, of the right shape."""
     if epsilon < 0:
         raise ValueError(f"Expected epsilon >= 0, got {epsilon=}. Try 1e-5.")
-    axes = reduction_axes(x.ndim, axis)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-
-    def widen(name: str, value: ArrayLike) -> jax.Array:
-        value = jnp.asarray(value)
-        if value.shape != features:
-            raise ValueError(
-                f"Expected {name} of shape {features}, got {name} of shape "
-                f"{value.shape} for an input of shape {x.shape} and {axis=}. "
-                "Is `axis` the feature axis?"
-            )
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-
-    return widen("mean", mean), widen("log_scale", log_scale)
+    mean, log_scale = (
+        of_features(name, value, x.shape, axis)
+        for name, value in (("mean", mean), ("log_scale", log_scale))
+    )
+    return wide(mean), wide(log_scale)

@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, of_features, reduction_axes
 
 # Gradients hold its power of -3/2, which float32 can hold.
 _SMALLEST = 1e-24
@@ -71,16 +71,16 @@ def filter_response_norm(
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = lax.square(wide).mean(axes[1:], keepdims=True)
     if jnp.ndim(epsilon):
-        epsilon = _expand("epsilon", epsilon, x, axes)
+        epsilon = _expand("epsilon", epsilon, x, axis)
     square += jnp.abs(epsilon)
     # A learned epsilon may reach zero.
     vanishing = square < _SMALLEST
     factor = jnp.where(vanishing, 0, lax.rsqrt(jnp.where(vanishing, 1, square)))
     if scale is not None:
-        factor *= _expand("scale", scale, x, axes)
+        factor *= _expand("scale", scale, x, axis)
     y = wide * factor
     if bias is not None:
-        y += _expand("bias", bias, x, axes)
+        y += _expand("bias", bias, x, axis)
     return y.astype(canonicalize_dtype(x, scale, bias, dtype=dtype))
 
 
@@ -120,19 +120,10 @@ def tlu(
     Source: Singh & Krishnan, "Filter Response Normalization Layer", arXiv 1911.09737.
     """
     x = jnp.asarray(x)
-    axes = reduction_axes(x.ndim, axis)
-    y = jnp.maximum(x, _expand("threshold", threshold, x, axes))
+    y = jnp.maximum(x, _expand("threshold", threshold, x, axis))
     return y.astype(canonicalize_dtype(x, threshold, dtype=dtype))
 
 
-def _expand(
-    name: str, value: ArrayLike, x: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
-    value = jnp.asarray(value)
-    features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-    if value.shape != features:
-        raise ValueError(
-            f"Expected {name} of shape {features}, got {name} of shape {value.shape} "
-            f"for an input of shape {x.shape}. Is `axis` the feature axis?"
-        )
-    return jnp.expand_dims(value, axes)
+def _expand(name: str, value: ArrayLike, x: jax.Array, axis: Axis) -> jax.Array:
+    axes = reduction_axes(x.ndim, axis)
+    return jnp.expand_dims(of_features(name, value, x.shape, axis), axes)

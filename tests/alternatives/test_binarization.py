@@ -1,7 +1,5 @@
 """Binarization: against the reference, its gradients, and a network made of it."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,13 +11,10 @@ from models.binary_resnet import BinaryResNet, BinaryUnit
 from models.linen_units import LinenUnits
 from tests import cases
 from tests.closeness import assert_close
+from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 KINDS = ("flax", "batch", "group", "norm_free", "none")
-# Compiling is most of the work here.
-fast_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def reference(kernel):

@@ -18,13 +18,10 @@ from flax_sbn.linen.weight_standardization import WSConv
 from flax_sbn.nnx.norm_free import NormFreeBlock as NnxNormFreeBlock
 from tests import cases, teaching
 from tests.closeness import assert_close
+from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 ONES = nn.initializers.ones
-# Compiling is most of the work here.
-fast_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def some_params(module, x):

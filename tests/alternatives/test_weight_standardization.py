@@ -21,13 +21,10 @@ from flax_sbn.nnx.weight_standardization import WSConv as NnxWSConv
 from flax_sbn.nnx.weight_standardization import WSDense as NnxWSDense
 from tests import cases, teaching
 from tests.closeness import assert_close, eps
+from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 ZEROS = nnx.initializers.zeros
-# Compiling is most of the work here.
-fast_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)
 SHAPES = [(6, 4), (3, 2, 4), (3, 2, 5, 4), (2, 3, 2, 3, 4)]
 
 
