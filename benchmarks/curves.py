@@ -144,8 +144,11 @@ ALT = {
 
 
 def files(study: Study, prefix: str) -> dict[str, str]:
-    """Returns the file names of a study's chart by theme; none if it has no chart."""
-    if study.kind not in CHARTS or not study.settings:
+    """Returns the file names of a study's chart by theme.
+
+    None if it has no chart, or nothing has been trained to be compared with batch norm.
+    """
+    if study.kind not in CHARTS or {s.norm for s in study.settings} <= {"bn"}:
         return {}
     return {theme: f"{prefix}-{study.name}-{theme}.svg" for theme in THEMES}
 

@@ -28,7 +28,7 @@ def arguments(cls):
 def test_every_option_of_flax_linen_is_offered(ours, linear):
     # The bias is the norm's, features are last, and all arrays promote alike.
     left_out = {"axis", "promote_dtype"}
-    own = {"sampler", "running_weight", "activation"}
+    own = {"sampler", "running_weight", "norm_cls", "activation"}
     assert fields(ours) == (fields(linear) | fields(nn.BatchNorm) | own) - left_out
     defaults = {
         field.name: field.default
@@ -77,8 +77,9 @@ def assert_given(names, layer, norm):
 @pytest.mark.parametrize("kind", SIZES)
 def test_every_option_reaches_the_linen_layers(kind):
     ours = {"conv": sbn.linen.ConvNorm, "dense": sbn.linen.DenseNorm}[kind]
-    names = fields(ours) - {"activation", *SIZES[kind]}
-    layer = ours(**SIZES[kind], **{name: OPTIONS[name] for name in names})
+    names = fields(ours) - {"activation", "norm_cls", *SIZES[kind]}
+    options = {name: OPTIONS[name] for name in names}
+    layer = ours(**SIZES[kind], norm_cls=sbn.linen.BatchRenorm, **options)
     found = {}
 
     def note(call, args, kwargs, context):
@@ -90,6 +91,7 @@ def test_every_option_reaches_the_linen_layers(kind):
     with nn.intercept_methods(note):
         layer.init(jax.random.key(0), jnp.ones((2, 9, 8, 6)))
     assert_given(names, found[kind], found["norm"])
+    assert isinstance(found["norm"], sbn.linen.BatchRenorm)
 
 
 @pytest.mark.parametrize("kind", SIZES)

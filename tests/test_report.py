@@ -61,6 +61,7 @@ def folder(tmp_path) -> Path:
     (docs / "accuracy.md").write_text(
         "# Mine\n<!-- begin: ratio-short -->\n<!-- end -->\n"
     )
+    (docs / "normalizers.md").write_text("# All of them\n")
     results_of.mkdir(parents=True)
     (tmp_path / "examples" / "studies").mkdir(parents=True)
     (tmp_path / "examples" / "studies" / "ratio-short.toml").write_text(STUDY)
@@ -124,11 +125,11 @@ def test_a_page_without_the_markers_is_an_error(folder) -> None:
         run(folder)
 
 
-def trained(norm: str, seed: int, accuracy: float, loss: float) -> str:
+def trained(norm: str, seed: int, accuracy: float, loss: float, **other) -> str:
     """A line of results of a training."""
     return json.dumps(
         {
-            "experiment": {"norm": norm, "seed": seed, "epochs": 4},
+            "experiment": {"norm": norm, "seed": seed, "epochs": 4, **other},
             "train_loss": [9.0, 8.0, 3.0, loss],
             "test_accuracy": [0.1, 0.2, 0.3, accuracy],
             "measured": 0.25,
@@ -170,6 +171,34 @@ def test_a_study_without_results_says_so(folder) -> None:
     page = (folder / "docs" / "accuracy.md").read_text()
     assert "Not trained yet" in page
     assert not list(folder.glob("docs/_static/study*"))
+
+
+def test_normalizers_have_a_page_of_their_own(folder) -> None:
+    grids = (
+        '[[grids]]\nnorm = ["bn", "brn"]\nrows = 2\n[[grids]]\nnorm = ["bn", "frn"]\n'
+    )
+    examples, docs = folder / "examples", folder / "docs"
+    (examples / "studies" / "normalizers-short.toml").write_text(f"epochs = 4\n{grids}")
+    markers = "<!-- begin: normalizers-short -->\n<!-- end -->\n"
+    (docs / "normalizers.md").write_text(f"# All of them\n{markers}")
+    (examples / "results").mkdir()
+    lines = [
+        trained("bn", 0, 0.5, 1.0),
+        trained("frn", 0, 0.4, 1.0),
+        trained("bn", 0, 0.3, 1.0, rows=2),
+        trained("brn", 0, 0.35, 1.0, rows=2),
+    ]
+    (examples / "results" / "short.jsonl").write_text("\n".join(lines) + "\n")
+    assert run(folder) == 0
+    page = (docs / "normalizers.md").read_text()
+    rows = ["".join(line.split()) for line in page.splitlines() if line[:3] == "| `"]
+    assert rows == ["|`bn`|30.0|50.0|", "|`brn`|35.0|-|", "|`frn`|-|40.0|"]
+    charts = {path.name for path in docs.glob("_static/micro-batches-*")}
+    assert charts == {
+        f"micro-batches-normalizers-short-{theme}.svg" for theme in ("light", "dark")
+    }
+    assert "normalizers" not in (docs / "accuracy.md").read_text()
+    assert run(folder, "--check") == 0
 
 
 def test_a_study_by_rows_is_a_table_of_rows() -> None:
