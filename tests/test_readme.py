@@ -103,6 +103,19 @@ def test_accuracies_of_the_study_are_those_of_the_committed_results() -> None:
         assert text in " ".join(README.split())
 
 
+def test_accuracies_of_binary_networks_are_those_of_the_committed_results() -> None:
+    path = ROOT / "examples" / "results" / "binary8" / "results.json"
+    found = {
+        row["method"]: f"{100 * row['test_accuracy']:.1f} %"
+        for row in json.loads(path.read_text())["methods"]
+    }
+    page = (ROOT / "docs" / "normalizers" / "norm_free.md").read_text()
+    assert (
+        f"{found['bn']} with BN, {found['nf']} with the three ingredients, and "
+        f"{found['none']} with BN removed"
+    ) in " ".join(page.split())
+
+
 def test_training_times_are_those_of_the_committed_results() -> None:
     path = ROOT / "benchmarks" / "results" / "train-step-cpu-float32.json"
     ratio = {
