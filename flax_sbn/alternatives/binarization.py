@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
+from flax_sbn.statistics import wide
+
 
 def binarize(x: ArrayLike) -> jax.Array:
     r"""Returns the sign, plus one for zero, with the gradient of a clip.
@@ -72,7 +74,7 @@ def binarize_kernel(kernel: ArrayLike) -> jax.Array:
             f"{kernel.shape}. Use binarize for anything else."
         )
     kernel = kernel.astype(canonicalize_dtype(kernel))
-    magnitude = jnp.abs(kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)))
+    magnitude = jnp.abs(wide(kernel))
     scale = magnitude.mean(range(kernel.ndim - 1)).astype(kernel.dtype)
     return _scaled_sign(kernel, scale)
 

@@ -82,9 +82,5 @@ class DiminishingBatchNorm(BatchNorm):
             running, statistics, weight=weight, epsilon=self.epsilon
         )
 
-    def as_flax(self) -> bool:
-        """Whether training is that of flax's own layer: never."""
-        return False
-
     def _step(self) -> jax.Array:
         return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))

@@ -52,7 +52,3 @@ class L1BatchNorm(BatchNorm):
         return update_running(
             running, statistics, self.momentum, std_epsilon=self.epsilon
         )
-
-    def as_flax(self) -> bool:
-        """Whether training is that of flax's own layer."""
-        return False

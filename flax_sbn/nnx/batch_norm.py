@@ -198,8 +198,14 @@ class BatchNorm(nnx.BatchNorm):
 
     def as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
+        own = type(self)
         return (
-            self.sampler is None and self.running_weight == 0 and self.ghost_groups == 1
+            self.sampler is None
+            and self.running_weight == 0
+            and self.ghost_groups == 1
+            and own.measure is BatchNorm.measure
+            and own.correct is BatchNorm.correct
+            and own.update is BatchNorm.update
         )
 
     def affine(self) -> tuple[jax.Array | None, jax.Array | None]:

@@ -82,7 +82,3 @@ class DiminishingBatchNorm(BatchNorm):
         return update_diminished(
             running, statistics, weight=weight, epsilon=self.epsilon
         )
-
-    def as_flax(self) -> bool:
-        """Whether training is that of flax's own layer: never."""
-        return False
