@@ -9,8 +9,9 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
 """
 
 from flax_sbn import alternatives, linen, nnx, optim
+from flax_sbn.activation import relu
 from flax_sbn.augmentation import augment_batch, repeat_rows
-from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold, relu
+from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import (

@@ -17,7 +17,9 @@ from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import Extents, Padding, make_convolution
+from flax_sbn.half_precision import add_shift, offset, round_to
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler, sampled_parts
@@ -28,8 +30,6 @@ from flax_sbn.statistics import (
     part_statistics,
 )
 from flax_sbn.windows import Part
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 class NormOptions(TypedDict, total=False):
@@ -61,44 +61,6 @@ class NormOptions(TypedDict, total=False):
     correct: Correct | None
     epsilon: float
     dtype: DTypeLike | None
-
-
-@jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
-    r"""Rectified linear unit that stays fused with the convolution before it.
-
-    .. math::
-      \mathrm{relu}(x) = \max(x, 0)
-
-    Values and gradients are those of :func:`jax.nn.relu`. Its gradient, though, is read
-    off the *output*: XLA rewrites a test of :func:`jax.nn.relu`'s output into one of
-    its input, which then is written to memory, too, and kept for the backward pass.
-
-    Args:
-      x: any shape, any real dtype.
-
-    Returns:
-      An array of the same shape and dtype.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from flax_sbn import relu
-      >>> jax.vmap(jax.value_and_grad(relu))(jnp.array([-1.0, 0.0, 2.0]))
-      (Array([0., 0., 2.], dtype=float32), Array([0., 0., 1.], dtype=float32))
-
-    The formulation is ours.
-    """
-    return jnp.maximum(x, 0)
-
-
-@relu.defjvp
-def _relu_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    y = relu(*primals)
-    (tangent,) = tangents
-    positive = lax.optimization_barrier(y) > 0
-    return y, jnp.where(positive, tangent, jnp.zeros_like(tangent))
 
 
 def fold(
@@ -421,7 +383,7 @@ def _linear_norm(
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
-    narrow = _rounded(kernel, x.dtype)
+    narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
     if mask is not None:
@@ -465,80 +427,11 @@ def _linear_norm(
         else:
             target = statistics
         folded, shift = fold(kernel, target, scale, bias, epsilon=epsilon)
-        rounded = _rounded(folded, x.dtype)
+        rounded = round_to(folded, x.dtype)
         if half and inputs and mask is None:
             measured, _ = fold(narrow, target, scale, bias, epsilon=epsilon)
-            shift -= _offset(inputs, rounded, measured)
+            shift -= offset(inputs, rounded, measured)
         y = linear(x, rounded)
-        if half:
-            # cuDNN adds a bias of the convolution's own type, and does so in float32.
-            y = lax.platform_dependent(
-                y, shift, cuda=_add_narrow, rocm=_add_narrow, default=_add_wide
-            )
-        else:
-            y += shift
+        y = add_shift(y, shift) if half else y + shift
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics
-
-
-def _rounded(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns a kernel in a dtype, rounded even where XLA would leave that out."""
-    if jnp.finfo(dtype).bits < jnp.finfo(kernel.dtype).bits:
-        info = jnp.finfo(dtype)
-        kernel = lax.reduce_precision(kernel, info.nexp, info.nmant)
-    return kernel.astype(dtype)
-
-
-def _offset(
-    inputs: Sequence[tuple[float, jax.Array]], applied: jax.Array, measured: jax.Array
-) -> jax.Array:
-    """Returns about how far the outputs of two kernels are apart on average.
-
-    The statistics are those of the rounded kernel, and what is applied is the rounded
-    folded one. Where inputs have a mean, the difference is an offset, which no norm
-    removes any more.
-
-    Args:
-      inputs: weighted parts of the input.
-      applied: ``(*window, I, C)``.
-      measured: likewise.
-    """
-    parts = [
-        weight * x.mean(range(x.ndim - 1), dtype=measured.dtype) for weight, x in inputs
-    ]
-    mean = functools.reduce(jnp.add, parts)
-    groups = mean.size // measured.shape[-2]
-    # A group of output features sees its own group of input features.
-    per_group = measured.shape[-1] // groups
-    seen = jnp.repeat(mean.reshape(groups, -1).T, per_group, axis=1)
-
-    def output(kernel: jax.Array) -> jax.Array:
-        return (kernel * seen).sum(range(kernel.ndim - 1))
-
-    return lax.stop_gradient(output(applied) - output(measured))
-
-
-def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:
-    # Broadcast first: then the gradient of the shift is summed in float32.
-    return y + jnp.broadcast_to(shift, y.shape).astype(y.dtype)
-
-
-def _add_wide(y: jax.Array, shift: jax.Array) -> jax.Array:
-    return (y + shift).astype(y.dtype)
-
-
-def add_and_activate(
-    x: jax.Array, residual: ArrayLike | None, activation: Activation | None
-) -> jax.Array:
-    """Adds the residual, and applies the activation: ReLU such that it stays fused."""
-    if residual is not None:
-        residual = jnp.asarray(residual, x.dtype)
-        if residual.shape != x.shape:
-            raise ValueError(
-                f"Expected residual of the output's shape {x.shape}, got residual of "
-                f"shape {residual.shape}. Project or subsample it first."
-            )
-        x += residual
-    if activation is jax.nn.relu:
-        activation = relu
-    return x if activation is None else activation(x)

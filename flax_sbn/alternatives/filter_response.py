@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.statistics import Axis, of_features, reduction_axes
+from flax_sbn.statistics import Axis, of_features, reduction_axes, wide
 
 # Gradients hold its power of -3/2, which float32 can hold.
 _SMALLEST = 1e-24
@@ -68,8 +68,8 @@ def filter_response_norm(
     """
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    square = lax.square(wide).mean(axes[1:], keepdims=True)
+    values = wide(x)
+    square = lax.square(values).mean(axes[1:], keepdims=True)
     if jnp.ndim(epsilon):
         epsilon = _expand("epsilon", epsilon, x, axis)
     square += jnp.abs(epsilon)
@@ -78,7 +78,7 @@ def filter_response_norm(
     factor = jnp.where(vanishing, 0, lax.rsqrt(jnp.where(vanishing, 1, square)))
     if scale is not None:
         factor *= _expand("scale", scale, x, axis)
-    y = wide * factor
+    y = values * factor
     if bias is not None:
         y += _expand("bias", bias, x, axis)
     return y.astype(canonicalize_dtype(x, scale, bias, dtype=dtype))

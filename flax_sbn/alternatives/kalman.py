@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_sbn.folding import Activation
+from flax_sbn.activation import Activation
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.statistics import (

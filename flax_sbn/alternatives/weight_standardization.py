@@ -11,6 +11,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike
 
+from flax_sbn.statistics import wide
+
 Activation = Callable[[jax.Array], jax.Array]
 
 
@@ -79,10 +81,10 @@ def standardize_kernel(
                 f"{kernel.shape}, got {name} of shape {jnp.shape(given)}."
             )
     axes = tuple(range(kernel.ndim - 1))
-    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    values = wide(kernel)
     kept = jnp.ones(kernel.shape, bool) if mask is None else jnp.asarray(mask, bool)
     fan_in = jnp.maximum(kept.sum(axes), 1)
-    centered = jnp.where(kept, wide - wide.sum(axes, where=kept) / fan_in, 0)
+    centered = jnp.where(kept, values - values.sum(axes, where=kept) / fan_in, 0)
     y = centered * lax.rsqrt(jnp.maximum(jnp.square(centered).sum(axes), epsilon))
     if gain is None:
         return y.astype(canonicalize_dtype(kernel))

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -104,7 +106,7 @@ class BatchNorm(nn.BatchNorm):
             running = self.running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
-                self._set_running(keep_unmeasured(self.running(features), running))
+                self.keep(keep_unmeasured(self.running(features), running))
             return y
 
         norm = functools.partial(
@@ -149,10 +151,13 @@ class BatchNorm(nn.BatchNorm):
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self._set_running(self.update(running, statistics))
+        self.keep(self.update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
+
+    # Whether the running average is of standard deviations, not of variances.
+    averages_deviations: ClassVar[bool] = False
 
     def measure(
         self,
@@ -175,7 +180,8 @@ class BatchNorm(nn.BatchNorm):
 
     def update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
-        return update_running(running, statistics, self.momentum)
+        epsilon = self.epsilon if self.averages_deviations else None
+        return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
     def folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
@@ -191,19 +197,12 @@ class BatchNorm(nn.BatchNorm):
             and own.measure is BatchNorm.measure
             and own.correct is BatchNorm.correct
             and own.update is BatchNorm.update
+            and not self.averages_deviations
         )
 
     def affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
-        # Of the scope, so that another layer may ask for them.
-        assert self.scope is not None
-        scale = bias = None
-        dtype = self.param_dtype
-        if self.use_scale:
-            scale = self.scope.param("scale", self.scale_init, features, dtype)
-        if self.use_bias:
-            bias = self.scope.param("bias", self.bias_init, features, dtype)
-        return scale, bias
+        return scale_and_bias(self, features)
 
     def running(self, features: tuple[int, ...]) -> Statistics:
         """Returns the running statistics."""
@@ -212,6 +211,7 @@ class BatchNorm(nn.BatchNorm):
         var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
         return Statistics(mean, var)
 
-    def _set_running(self, running: Statistics) -> None:
+    def keep(self, running: Statistics) -> None:
+        """Keeps the running statistics for the next step."""
         self.put_variable("batch_stats", "mean", running.mean)
         self.put_variable("batch_stats", "var", running.var)

@@ -1,17 +1,13 @@
 """Batch Renormalization."""
 
-import jax
-import jax.numpy as jnp
-from flax import linen as nn
-
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
 from flax_sbn.alternatives.schedules import Schedule, value_at
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.counting import CountingBatchNorm
 from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Statistics, update_running
+from flax_sbn.statistics import Statistics
 
 
-class BatchRenorm(BatchNorm):
+class BatchRenorm(CountingBatchNorm):
     r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
 
     .. math::
@@ -59,17 +55,7 @@ class BatchRenorm(BatchNorm):
     r_max: Schedule = R_MAX
     d_max: Schedule = D_MAX
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalizes ``x``; see :class:`BatchNorm`."""
-        self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
-        return super().__call__(x, use_running_average, mask=mask)
+    averages_deviations = True
 
     def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
         """Returns what to normalize with, given what was measured."""
@@ -77,17 +63,7 @@ class BatchRenorm(BatchNorm):
             statistics,
             running,
             running_weight=self.running_weight,
-            r_max=value_at(self.r_max, self._step()),
-            d_max=value_at(self.d_max, self._step()),
+            r_max=value_at(self.r_max, self.num_steps()),
+            d_max=value_at(self.d_max, self.num_steps()),
             epsilon=self.epsilon,
         )
-
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step, and counts it."""
-        self.put_variable("batch_stats", "step", self._step() + 1)
-        return update_running(
-            running, statistics, self.momentum, std_epsilon=self.epsilon
-        )
-
-    def _step(self) -> jax.Array:
-        return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))

@@ -14,6 +14,7 @@ from flax_sbn.alternatives.batchless import (
     batchless_nll,
     batchless_norm,
 )
+from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.statistics import Axis, reduction_axes
 
 
@@ -108,11 +109,7 @@ class BatchlessNorm(nn.Module):
 
         mean = self.param("mean", measured, 0)
         log_scale = self.param("log_scale", measured, 1)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        scale, bias = scale_and_bias(self, features)
 
         if not evaluate and not self.is_initializing():
             nll = batchless_nll(x, mean, log_scale, mask=mask, **options)

@@ -11,7 +11,8 @@ from flax.linen.linear import default_kernel_init
 from jax import lax
 from jax.typing import DTypeLike
 
-from flax_sbn.folding import Activation, dense_norm
+from flax_sbn.activation import Activation
+from flax_sbn.folding import dense_norm
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler

@@ -1,20 +1,16 @@
 """Diminishing batch norm, as a linen layer."""
 
-import jax
-import jax.numpy as jnp
-from flax import linen as nn
-
 from flax_sbn.alternatives.diminishing import (
     diminished,
     one_over_steps,
     update_diminished,
 )
 from flax_sbn.alternatives.schedules import Schedule, value_at
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.counting import CountingBatchNorm
 from flax_sbn.statistics import Statistics
 
 
-class DiminishingBatchNorm(BatchNorm):
+class DiminishingBatchNorm(CountingBatchNorm):
     r"""Batch norm with a moving average whose steps grow smaller, in training as well.
 
     .. math::
@@ -57,30 +53,14 @@ class DiminishingBatchNorm(BatchNorm):
 
     weight: Schedule = one_over_steps
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalizes ``x``; see :class:`BatchNorm`."""
-        self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
-        return super().__call__(x, use_running_average, mask=mask)
-
     def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
         """Returns what to normalize with, given what was measured."""
-        weight = value_at(self.weight, self._step())
+        weight = value_at(self.weight, self.num_steps())
         return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
 
     def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step, and counts it."""
-        weight = value_at(self.weight, self._step())
-        self.put_variable("batch_stats", "step", self._step() + 1)
+        """Returns the running statistics after a step."""
+        weight = value_at(self.weight, self.num_steps())
         return update_diminished(
             running, statistics, weight=weight, epsilon=self.epsilon
         )
-
-    def _step(self) -> jax.Array:
-        return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))

@@ -7,6 +7,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
+from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.statistics import Axis, reduction_axes
 
 
@@ -64,12 +65,8 @@ class FilterResponseNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``x``, ``(N, *spatial, C)``, or with features at ``axis``."""
         features = _features(x, self.axis)
-        scale = bias = None
+        scale, bias = scale_and_bias(self, features)
         epsilon: ArrayLike = self.epsilon
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
         if self.learn_epsilon:
             init = nn.initializers.constant(self.epsilon_init)
             epsilon = self.param("epsilon", init, features, self.param_dtype)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from flax_sbn.activation import Activation
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
-from flax_sbn.folding import Activation
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 

@@ -4,7 +4,7 @@ import jax
 
 from flax_sbn.alternatives.l1 import l1_moments
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments, Statistics, update_running
+from flax_sbn.statistics import Moments
 
 
 class L1BatchNorm(BatchNorm):
@@ -37,6 +37,8 @@ class L1BatchNorm(BatchNorm):
     Neural Networks", arXiv 1802.09769.
     """
 
+    averages_deviations = True
+
     def measure(
         self,
         x: jax.Array,
@@ -46,9 +48,3 @@ class L1BatchNorm(BatchNorm):
     ) -> Moments:
         """Returns the moments of measured values."""
         return l1_moments(x, axes, where, one_pass, epsilon=self.epsilon)
-
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        return update_running(
-            running, statistics, self.momentum, std_epsilon=self.epsilon
-        )

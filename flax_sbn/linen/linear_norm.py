@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from flax_sbn.activation import add_and_activate
 from flax_sbn.convolution import masked_kernel
-from flax_sbn.folding import add_and_activate
 from flax_sbn.statistics import Statistics
 
 

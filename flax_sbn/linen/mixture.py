@@ -14,6 +14,7 @@ from flax_sbn.alternatives.mixture import (
     mixture_norm,
     mixture_normalize,
 )
+from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.statistics import Axis, reduction_axes
 
 
@@ -102,11 +103,7 @@ class MixtureNorm(nn.Module):
         )
         axes = reduction_axes(x.ndim, self.axis)
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        scale, bias = scale_and_bias(self, features)
 
         initial = initial_mixture(self.num_components, features)
         running = Mixture(

@@ -15,6 +15,7 @@ from flax_sbn.alternatives.moving_average import (
     moving_average_batch_norm,
     moving_averages,
 )
+from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.normalization import normalize
 from flax_sbn.statistics import Axis, reduction_axes
 
@@ -114,11 +115,7 @@ class MovingAverageBatchNorm(nn.Module):
         )
         axes = reduction_axes(x.ndim, self.axis)
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        scale = bias = None
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, features, self.param_dtype)
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, features, self.param_dtype)
+        scale, bias = scale_and_bias(self, features)
 
         initial = moving_averages(features, self.window)
         running = MovingAverages(

@@ -4,7 +4,7 @@ import jax
 
 from flax_sbn.alternatives.range_norm import range_moments
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments, Statistics, update_running
+from flax_sbn.statistics import Moments
 
 
 class RangeBatchNorm(BatchNorm):
@@ -45,6 +45,8 @@ class RangeBatchNorm(BatchNorm):
 
     num_chunks: int = 16
 
+    averages_deviations = True
+
     def measure(
         self,
         x: jax.Array,
@@ -55,10 +57,4 @@ class RangeBatchNorm(BatchNorm):
         """Returns the moments of measured values."""
         return range_moments(
             x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
-        )
-
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        return update_running(
-            running, statistics, self.momentum, std_epsilon=self.epsilon
         )

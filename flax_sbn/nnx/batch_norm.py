@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.nnx import parameters
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -120,7 +121,7 @@ class BatchNorm(nnx.BatchNorm):
         if self.as_flax() or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
-                self._set_running(keep_unmeasured(self.running(), running))
+                self.keep(keep_unmeasured(self.running(), running))
             return y
 
         scale, bias = self.affine()
@@ -164,10 +165,13 @@ class BatchNorm(nnx.BatchNorm):
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self._set_running(self.update(running, statistics))
+        self.keep(self.update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
+
+    # Whether the running average is of standard deviations, not of variances.
+    averages_deviations: ClassVar[bool] = False
 
     def measure(
         self,
@@ -190,7 +194,8 @@ class BatchNorm(nnx.BatchNorm):
 
     def update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
-        return update_running(running, statistics, self.momentum)
+        epsilon = self.epsilon if self.averages_deviations else None
+        return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
     def folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
@@ -206,17 +211,17 @@ class BatchNorm(nnx.BatchNorm):
             and own.measure is BatchNorm.measure
             and own.correct is BatchNorm.correct
             and own.update is BatchNorm.update
+            and not self.averages_deviations
         )
 
-    def affine(self) -> tuple[jax.Array | None, jax.Array | None]:
+    def affine(self) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
-        return scale, bias
+        return parameters.values(self.scale, self.bias)
 
     def running(self) -> Statistics:
         """Returns the running statistics."""
         return Statistics(self.mean[...], self.var[...])
 
-    def _set_running(self, running: Statistics) -> None:
+    def keep(self, running: Statistics) -> None:
+        """Keeps the running statistics for the next step."""
         self.mean[...], self.var[...] = running

@@ -2,17 +2,16 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
 from flax_sbn.alternatives.schedules import Schedule, value_at
-from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.counting import CountingBatchNorm
 from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Statistics, update_running
+from flax_sbn.statistics import Statistics
 
 
-class BatchRenorm(BatchNorm):
+class BatchRenorm(CountingBatchNorm):
     r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
 
     .. math::
@@ -72,7 +71,8 @@ class BatchRenorm(BatchNorm):
             num_features, running_weight=running_weight, rngs=rngs, **options
         )
         self.r_max, self.d_max = r_max, d_max
-        self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    averages_deviations = True
 
     def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
         """Returns what to normalize with, given what was measured."""
@@ -83,11 +83,4 @@ class BatchRenorm(BatchNorm):
             r_max=value_at(self.r_max, self.step[...]),
             d_max=value_at(self.d_max, self.step[...]),
             epsilon=self.epsilon,
-        )
-
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step, and counts it."""
-        self.step[...] += 1
-        return update_running(
-            running, statistics, self.momentum, std_epsilon=self.epsilon
         )

@@ -14,6 +14,7 @@ from flax_sbn.alternatives.batchless import (
     batchless_nll,
     batchless_norm,
 )
+from flax_sbn.nnx import parameters
 from flax_sbn.nnx.loss import sow_loss
 
 
@@ -83,13 +84,15 @@ class BatchlessNorm(nnx.Module):
         scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
     ) -> None:
-        def param(init: Initializer) -> nnx.Param[jax.Array]:
-            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-
-        self.mean = param(initializers.zeros)
-        self.log_scale = param(initializers.zeros)
-        self.scale = param(scale_init) if use_scale else nnx.data(None)
-        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        zeros = jnp.zeros(num_features, param_dtype)
+        self.mean, self.log_scale = nnx.Param(zeros), nnx.Param(zeros)
+        self.scale, self.bias = parameters.make(
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            num_features=num_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.use_running_average = use_running_average
         self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
         self.initializing = False
@@ -128,8 +131,7 @@ class BatchlessNorm(nnx.Module):
             x,
             self.mean[...],
             self.log_scale[...],
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
+            *parameters.values(self.scale, self.bias),
             dtype=self.dtype,
             **options,
         )

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flax_sbn.activation import Activation
 from flax_sbn.convolution import Extents
-from flax_sbn.folding import Activation, conv_norm
+from flax_sbn.folding import conv_norm
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import linear_norm, split_options
 from flax_sbn.sampling import Sampler

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.folding import Activation, dense_norm
+from flax_sbn.activation import Activation
+from flax_sbn.folding import dense_norm
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import linear_norm, split_options
 from flax_sbn.sampling import Sampler

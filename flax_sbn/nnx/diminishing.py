@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from flax_sbn.alternatives.diminishing import (
@@ -11,11 +10,11 @@ from flax_sbn.alternatives.diminishing import (
     update_diminished,
 )
 from flax_sbn.alternatives.schedules import Schedule, value_at
-from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.counting import CountingBatchNorm
 from flax_sbn.statistics import Statistics
 
 
-class DiminishingBatchNorm(BatchNorm):
+class DiminishingBatchNorm(CountingBatchNorm):
     r"""Batch norm with a moving average whose steps grow smaller, in training as well.
 
     .. math::
@@ -68,7 +67,6 @@ class DiminishingBatchNorm(BatchNorm):
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.weight = weight
-        self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
     def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
         """Returns what to normalize with, given what was measured."""
@@ -76,9 +74,8 @@ class DiminishingBatchNorm(BatchNorm):
         return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
 
     def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step, and counts it."""
+        """Returns the running statistics after a step."""
         weight = value_at(self.weight, self.step[...])
-        self.step[...] += 1
         return update_diminished(
             running, statistics, weight=weight, epsilon=self.epsilon
         )

@@ -8,6 +8,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
+from flax_sbn.nnx import parameters
 
 
 class FilterResponseNorm(nnx.Module):
@@ -67,14 +68,18 @@ class FilterResponseNorm(nnx.Module):
         epsilon_init: float = 1e-4,
         rngs: nnx.Rngs,
     ) -> None:
-        def param(init: Initializer) -> nnx.Param[jax.Array]:
-            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-
         self.axis, self.dtype = axis, dtype
-        self.scale = param(scale_init) if use_scale else nnx.data(None)
-        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        self.scale, self.bias = parameters.make(
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            num_features=num_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         self.epsilon = (
-            param(initializers.constant(epsilon_init)) if learn_epsilon else epsilon
+            nnx.Param(jnp.full(num_features, epsilon_init, param_dtype))
+            if learn_epsilon
+            else epsilon
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -82,8 +87,7 @@ class FilterResponseNorm(nnx.Module):
         epsilon = self.epsilon
         return filter_response_norm(
             x,
-            None if self.scale is None else self.scale[...],
-            None if self.bias is None else self.bias[...],
+            *parameters.values(self.scale, self.bias),
             axis=self.axis,
             epsilon=epsilon[...] if isinstance(epsilon, nnx.Param) else epsilon,
             dtype=self.dtype,

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
-from flax_sbn.folding import Activation, add_and_activate
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 

@@ -15,6 +15,7 @@ from flax_sbn.alternatives.mixture import (
     mixture_norm,
     mixture_normalize,
 )
+from flax_sbn.nnx import parameters
 
 
 class MixtureNorm(nnx.Module):
@@ -82,14 +83,16 @@ class MixtureNorm(nnx.Module):
         num_steps: int = 2,
         rngs: nnx.Rngs,
     ) -> None:
-        def param(init: Initializer) -> nnx.Param[jax.Array]:
-            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-
         self.use_running_average = use_running_average
         self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
         self.axis_name, self.momentum, self.num_steps = axis_name, momentum, num_steps
-        self.scale = param(scale_init) if use_scale else nnx.data(None)
-        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        self.scale, self.bias = parameters.make(
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            num_features=num_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         initial = initial_mixture(num_components, (num_features,))
         self.step, self.weight, self.mean, self.var = map(nnx.BatchStat, initial)
 
@@ -114,8 +117,7 @@ class MixtureNorm(nnx.Module):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
+        scale, bias = parameters.values(self.scale, self.bias)
         state = (self.step, self.weight, self.mean, self.var)
         running = Mixture(*(variable[...] for variable in state))
         options: dict[str, Any] = {

@@ -15,6 +15,7 @@ from flax_sbn.alternatives.moving_average import (
     moving_average_batch_norm,
     moving_averages,
 )
+from flax_sbn.nnx import parameters
 from flax_sbn.normalization import normalize
 
 
@@ -113,15 +114,17 @@ class MovingAverageBatchNorm(nnx.Module):
         r_max: float = 5.0,
         rngs: nnx.Rngs,
     ) -> None:
-        def param(init: Initializer) -> nnx.Param[jax.Array]:
-            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-
         self.use_running_average = use_running_average
         self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
         self.axis_name, self.momentum, self.warmup = axis_name, momentum, warmup
         self.renorm_warmup, self.r_max = renorm_warmup, r_max
-        self.scale = param(scale_init) if use_scale else nnx.data(None)
-        self.bias = param(bias_init) if use_bias else nnx.data(None)
+        self.scale, self.bias = parameters.make(
+            scale_init if use_scale else None,
+            bias_init if use_bias else None,
+            num_features=num_features,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
         initial = moving_averages((num_features,), window)
         self.step, self.chi, self.var = map(nnx.BatchStat, initial)
         self.psi = OverwriteWithGradient(jnp.zeros_like(initial.chi))
@@ -142,8 +145,7 @@ class MovingAverageBatchNorm(nnx.Module):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
-        scale = None if self.scale is None else self.scale[...]
-        bias = None if self.bias is None else self.bias[...]
+        scale, bias = parameters.values(self.scale, self.bias)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])
         options: dict[str, Any] = {
             "axis": self.axis,

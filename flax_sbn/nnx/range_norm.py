@@ -7,7 +7,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.range_norm import range_moments
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments, Statistics, update_running
+from flax_sbn.statistics import Moments
 
 
 class RangeBatchNorm(BatchNorm):
@@ -59,6 +59,8 @@ class RangeBatchNorm(BatchNorm):
         super().__init__(num_features, rngs=rngs, **options)
         self.num_chunks = num_chunks
 
+    averages_deviations = True
+
     def measure(
         self,
         x: jax.Array,
@@ -69,10 +71,4 @@ class RangeBatchNorm(BatchNorm):
         """Returns the moments of measured values."""
         return range_moments(
             x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
-        )
-
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        return update_running(
-            running, statistics, self.momentum, std_epsilon=self.epsilon
         )

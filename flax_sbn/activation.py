@@ -1,0 +1,65 @@
+"""Activations behind a norm, and a ReLU that stays fused with what is before it."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import ArrayLike
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+    r"""Rectified linear unit that stays fused with the convolution before it.
+
+    .. math::
+      \mathrm{relu}(x) = \max(x, 0)
+
+    Values and gradients are those of :func:`jax.nn.relu`. Its gradient, though, is read
+    off the *output*: XLA rewrites a test of :func:`jax.nn.relu`'s output into one of
+    its input, which then is written to memory, too, and kept for the backward pass.
+
+    Args:
+      x: any shape, any real dtype.
+
+    Returns:
+      An array of the same shape and dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from flax_sbn import relu
+      >>> jax.vmap(jax.value_and_grad(relu))(jnp.array([-1.0, 0.0, 2.0]))
+      (Array([0., 0., 2.], dtype=float32), Array([0., 0., 1.], dtype=float32))
+
+    The formulation is ours.
+    """
+    return jnp.maximum(x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    y = relu(*primals)
+    (tangent,) = tangents
+    positive = lax.optimization_barrier(y) > 0
+    return y, jnp.where(positive, tangent, jnp.zeros_like(tangent))
+
+
+def add_and_activate(
+    x: jax.Array, residual: ArrayLike | None, activation: Activation | None
+) -> jax.Array:
+    """Adds the residual, and applies the activation: ReLU such that it stays fused."""
+    if residual is not None:
+        residual = jnp.asarray(residual, x.dtype)
+        if residual.shape != x.shape:
+            raise ValueError(
+                f"Expected residual of the output's shape {x.shape}, got residual of "
+                f"shape {residual.shape}. Project or subsample it first."
+            )
+        x += residual
+    if activation is jax.nn.relu:
+        activation = relu
+    return x if activation is None else activation(x)

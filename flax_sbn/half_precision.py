@@ -1,0 +1,63 @@
+"""What the fold needs in half precision: rounding that stays, and its correction."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+
+def round_to(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns a kernel in a dtype, rounded even where XLA would leave that out."""
+    if jnp.finfo(dtype).bits < jnp.finfo(kernel.dtype).bits:
+        info = jnp.finfo(dtype)
+        kernel = lax.reduce_precision(kernel, info.nexp, info.nmant)
+    return kernel.astype(dtype)
+
+
+def offset(
+    inputs: Sequence[tuple[float, jax.Array]], applied: jax.Array, measured: jax.Array
+) -> jax.Array:
+    """Returns about how far the outputs of two kernels are apart on average.
+
+    The statistics are those of the rounded kernel, and what is applied is the rounded
+    folded one. Where inputs have a mean, the difference is an offset, which no norm
+    removes any more.
+
+    Args:
+      inputs: weighted parts of the input.
+      applied: ``(*window, I, C)``.
+      measured: likewise.
+    """
+    parts = [
+        weight * x.mean(range(x.ndim - 1), dtype=measured.dtype) for weight, x in inputs
+    ]
+    mean = functools.reduce(jnp.add, parts)
+    groups = mean.size // measured.shape[-2]
+    # A group of output features sees its own group of input features.
+    per_group = measured.shape[-1] // groups
+    seen = jnp.repeat(mean.reshape(groups, -1).T, per_group, axis=1)
+
+    def output(kernel: jax.Array) -> jax.Array:
+        return (kernel * seen).sum(range(kernel.ndim - 1))
+
+    return lax.stop_gradient(output(applied) - output(measured))
+
+
+def add_shift(y: jax.Array, shift: jax.Array) -> jax.Array:
+    """Returns ``y + shift``, added in float32, in the dtype of ``y``."""
+    # cuDNN adds a bias of the convolution's own type, and does so in float32.
+    return lax.platform_dependent(
+        y, shift, cuda=_add_narrow, rocm=_add_narrow, default=_add_wide
+    )
+
+
+def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:
+    # Broadcast first: then the gradient of the shift is summed in float32.
+    return y + jnp.broadcast_to(shift, y.shape).astype(y.dtype)
+
+
+def _add_wide(y: jax.Array, shift: jax.Array) -> jax.Array:
+    return (y + shift).astype(y.dtype)

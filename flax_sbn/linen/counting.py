@@ -1,0 +1,33 @@
+"""Batch norm that counts its training steps, for what changes with them."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.statistics import Statistics
+
+
+class CountingBatchNorm(BatchNorm):
+    """:class:`BatchNorm` with the number of training steps so far, ``step``, int32."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; see :class:`BatchNorm`."""
+        self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
+        return super().__call__(x, use_running_average, mask=mask)
+
+    def num_steps(self) -> jax.Array:
+        """Returns the number of training steps so far."""
+        return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))
+
+    def keep(self, running: Statistics) -> None:
+        """Keeps the running statistics for the next step, and counts this one."""
+        super().keep(running)
+        self.put_variable("batch_stats", "step", self.num_steps() + 1)
