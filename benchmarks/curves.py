@@ -74,14 +74,8 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
     for (norm, settings), style in zip(
         norms.items(), itertools.cycle(_STYLES), strict=False
     ):
-        settings = sorted(settings, key=lambda setting: setting.rows or 0)
-        last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
-        means = [values.mean() for values in last]
-        errors = [values.std(ddof=1) if len(values) > 1 else 0 for values in last]
         ax.errorbar(
-            [s.rows or 0 for s in settings],
-            means,
-            errors,
+            *_by_rows(study, settings),
             **style,
             marker="o",
             markersize=4,
@@ -190,17 +184,24 @@ def _draw_by_rows(
     A norm that was trained with whole batches only is one for which rows do not matter:
     a line across the panel.
     """
-    settings = sorted(settings, key=_num_rows)
-    last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
-    means = np.array([values.mean() for values in last])
-    errors = np.array([values.std(ddof=min(1, len(values) - 1)) for values in last])
+    rows, means, errors = _by_rows(study, settings)
     style: Any = {"color": color, "linestyle": linestyle}
     if [setting.rows for setting in settings] == [None]:
         ax.axhline(means[0], lw=1.6, **style)
         ax.axhspan(*(means + [-1, 1] * errors), color=color, alpha=0.12, lw=0)
         return
-    rows = [_num_rows(setting) for setting in settings]
     ax.errorbar(rows, means, errors, marker="o", ms=3.5, lw=1.6, capsize=2, **style)
+
+
+def _by_rows(
+    study: Study, settings: Sequence[Experiment]
+) -> tuple[list[int], Curves, Curves]:
+    """Returns rows, ascending, and mean and deviation of the last accuracies."""
+    settings = sorted(settings, key=_num_rows)
+    last = [_curves(study, s, "test_accuracy")[:, -1] for s in settings]
+    means = np.array([values.mean() for values in last])
+    errors = np.array([values.std(ddof=min(1, len(values) - 1)) for values in last])
+    return [_num_rows(setting) for setting in settings], means, errors
 
 
 def _num_rows(setting: Experiment) -> int:

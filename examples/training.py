@@ -19,18 +19,12 @@ import flax_sbn as sbn
 from data import Dataset
 from methods import Method, Tally
 from networks import NETWORKS, Forward, Network, Settings, Variables
+from optimizers import make_optimizer
 
 _REFRESH_SECONDS = 0.25
 _EVAL_BATCH = 500
 # One after the other on a CPU, where a convolution in a loop is many times slower.
 _MOST_STEPS = 50
-# What methods have of their own: the clipping of networks without a norm, Adam's rate
-# of means and scales that are learned, and the share of the learning rate that trains
-# preconditioned networks, which diverge with all of it.
-_CLIPPING = 0.02
-_MEAN_AND_SCALE_RATE = 5e-3
-_PRECONDITIONED_SHARE = 0.1
-_HEADS = {"Dense_0", "head"}
 
 
 class DeviceData(NamedTuple):
@@ -142,7 +136,7 @@ class Trainer:
         self.steps = size // settings.batch_size
         self.data, self.shape = data, data.images.shape[1:]
         self.network = self._network(method)
-        self.optimizer = _optimizer(settings, method, self.steps)
+        self.optimizer = make_optimizer(settings, method, self.steps)
         self.measured = self._measured()
         if most_steps is None:
             most_steps = 1 if jax.default_backend() == "cpu" else _MOST_STEPS
@@ -355,57 +349,6 @@ def _of_groups(each: jax.Array) -> jax.Array:
 
 def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())
-
-
-def _optimizer(
-    settings: Settings, method: Method, steps: int
-) -> optax.GradientTransformationExtraArgs:
-    total, peak = settings.epochs * steps, settings.learning_rate
-    if method.preconditioned:
-        peak *= _PRECONDITIONED_SHARE
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, max(1, total // 10), max(2, total)
-    )
-    sgd = optax.chain(
-        optax.add_decayed_weights(settings.weight_decay, mask=_is_kernel),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
-    )
-    if method.preconditioned:
-        sgd = optax.chain(sbn.optim.batch_norm_preconditioning(), sgd)
-    if method.kind == "norm_free":
-        clip = optax.adaptive_grad_clip(_CLIPPING)
-        sgd = optax.chain(optax.masked(clip, _is_clipped), sgd)
-    if method.kind == "batchless":
-        own = optax.adam(_MEAN_AND_SCALE_RATE)
-        sgd = optax.partition({"sgd": sgd, "own": own}, _label)
-    return optax.with_extra_args_support(sgd)
-
-
-def _is_kernel(params: Any) -> Any:
-    return jax.tree.map(lambda param: jnp.ndim(param) > 1, params)
-
-
-def _is_clipped(params: Any) -> Any:
-    """Tells the kernels of all layers but that which makes the logits.
-
-    Gains and biases that start from zero would hardly move within a few hundred steps.
-    """
-    return jax.tree.map_with_path(
-        lambda path, param: jnp.ndim(param) > 1 and _names(path)[0] not in _HEADS,
-        params,
-    )
-
-
-def _label(params: Any) -> Any:
-    """Tells the means and scales that are learned from other parameters."""
-    return jax.tree.map_with_path(
-        lambda path, _: "own" if {"mean", "log_scale"} & {*_names(path)} else "sgd",
-        params,
-    )
-
-
-def _names(path: Any) -> list[str]:
-    return jax.tree_util.keystr(path, simple=True, separator="/").split("/")
 
 
 def _crop_and_flip(key: jax.Array, image: jax.Array, pad: int = 4) -> jax.Array:
