@@ -17,6 +17,8 @@ from flax_sbn.batched_slice import batched_slice, fork
 from tests import cases
 from tests.devices import collectives, mesh
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (4, 4, 5, 3)
 # Axes, sizes, and for each axis the four starts.
 BLOCKS = {

@@ -16,6 +16,8 @@ import flax_sbn as sbn
 from tests import cases
 from tests.closeness import assert_close, eps
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = (4, 6, 5, 3)
 KEY = jax.random.key(0)
 

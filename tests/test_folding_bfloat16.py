@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-from flax_sbn import folding
+from flax_sbn import half_precision
 from tests import cases, unfolded
 from tests.closeness import assert_close
 from tests.samples import KEY
+
+pytestmark = pytest.mark.optimized
 
 # A CPU computes in float32, and XLA leaves out roundings in between. So results are
 # rounded wherever an accelerator writes them to memory, ...
@@ -172,7 +174,7 @@ def test_the_gradient_of_the_bias_is_summed_in_float32(layer):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_a_kernel_is_rounded_for_good(dtype):
     kernel = cases.inputs((3, 3, 4, 4))
-    rounded = jax.jit(lambda k: folding._rounded(k, jnp.dtype(dtype)))
+    rounded = jax.jit(lambda k: half_precision.round_to(k, jnp.dtype(dtype)))
     np.testing.assert_array_equal(
         np.float32(rounded(kernel)), np.float32(kernel.astype(dtype))
     )
@@ -181,7 +183,7 @@ def test_a_kernel_is_rounded_for_good(dtype):
     assert ("reduce_precision" in program) == (dtype != "float32")
 
 
-@pytest.mark.parametrize("add", [folding._add_narrow, folding._add_wide])
+@pytest.mark.parametrize("add", [half_precision._add_narrow, half_precision._add_wide])
 def test_the_shift_is_added_alike_on_every_platform(add):
     y = cases.inputs((64, 16, 16, 4), "bfloat16")
     shift = cases.inputs((4,), seed=1)

@@ -9,6 +9,8 @@ import pytest
 from hlo import Array, parse
 from kernels import Kernel, kernels
 
+pytestmark = pytest.mark.optimized
+
 
 def count(entry: str, computations: str = "") -> list[Kernel]:
     head = f"HloModule test\n\n{textwrap.dedent(computations)}\n"

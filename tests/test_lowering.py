@@ -10,6 +10,8 @@ import flax_sbn as sbn
 from tests import cases
 from tests.samples import KEY
 
+pytestmark = pytest.mark.optimized
+
 SHAPE = cases.SHAPES[4]
 SAMPLERS = {"all": None, **cases.SAMPLERS}
 

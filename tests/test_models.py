@@ -13,7 +13,6 @@ from flax import nnx
 import flax_sbn as sbn
 from methods import Method, parse_method
 from models import IMAGE_SHAPES, NNX, linen_model, nnx_model
-from tests.compiling import fast_jit
 
 # Published: He et al. in the paper's tables, the ImageNet models in torchvision.
 PARAMETERS = {
@@ -147,7 +146,7 @@ def linen_results(name, method, x, width):
         for train in (True, False)
     )
 
-    @fast_jit
+    @jax.jit
     def run(params, stats, x, key):
         def loss(params):
             logits, updates = trained.apply(
@@ -168,7 +167,7 @@ def linen_results(name, method, x, width):
 def nnx_results(name, method, x, width):
     """Returns the gradients, and the logits of an evaluation."""
 
-    @fast_jit
+    @jax.jit
     def run(key, x):
         model = nnx_model(
             name,

@@ -11,6 +11,8 @@ import traffic
 from explain import explain
 from kernels import Kernel
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture
 def small(monkeypatch):

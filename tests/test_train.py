@@ -77,15 +77,8 @@ def test_a_sampler_argument_is_never_run_as_code(text) -> None:
 
 
 @pytest.mark.parametrize("api", list(NETWORKS))
-@pytest.mark.parametrize(
-    ("model", "name"),
-    [
-        ("resnet8", "fs:1/64+vdn:4"),
-        *[("mlp", name) for name in ("bn", "flax", "gn", "none")],
-    ],
-)
-def test_every_kind_of_norm_trains_in_both_apis(api, model, name) -> None:
-    trainer = small_trainer(name, model=model, api=api, dtype="bfloat16")
+def test_a_network_trains_in_half_precision(api) -> None:
+    trainer = small_trainer("fs:1/64+vdn:4", api=api, dtype="bfloat16")
     *_, last = trainer.train(seed=0)
     assert last.done
     assert np.isfinite(last.loss)
@@ -330,13 +323,15 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
         dataclasses.replace(methods.parse(name), folded=folded)
         for name in ("bs:8", "bs:8~3/4")
     )
-    settings = Settings(width=16, epochs=1, api=api)
-    losses = [
-        list(Trainer(settings, method, DIGITS).train(0))[-1]
-        for method in (plain, moved)
-    ]
-    assert losses[0].loss != losses[1].loss
-    assert np.isfinite(losses[1].loss)
+    settings = Settings(model="mlp", width=16, api=api)
+    trainers = [Trainer(settings, method, DIGITS) for method in (plain, moved)]
+    state = trainers[0].init(0)
+    one, other = (
+        trainer._forward(state.variables, DIGITS.images[:16], state.key, state.key)
+        for trainer in trainers
+    )
+    assert (one.logits != other.logits).any()
+    assert np.isfinite(other.logits).all()
 
 
 NORMALIZERS = [name for name in methods.NAMES if methods.parse(name).sampler is None]

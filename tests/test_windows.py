@@ -11,6 +11,8 @@ import pytest
 from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
 from tests import samples
 
+pytestmark = pytest.mark.optimized
+
 KEYS = jax.random.split(jax.random.key(0), 400)
 
 

@@ -11,7 +11,6 @@ from models.binary_resnet import BinaryResNet, BinaryUnit
 from models.linen_units import LinenUnits
 from tests import cases
 from tests.closeness import assert_close
-from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 KINDS = ("flax", "batch", "group", "norm_free", "none")
@@ -31,7 +30,7 @@ def reference(kernel):
 @pytest.mark.parametrize("shape", [(5, 3), (3, 2, 4, 3)], ids=str)
 def test_kernels_are_those_of_the_reference(shape, dtype, x64):
     kernel = cases.inputs(shape, dtype)
-    y = fast_jit(binarize_kernel)(kernel)
+    y = jax.jit(binarize_kernel)(kernel)
     assert (y.shape, y.dtype) == (shape, kernel.dtype)
     assert_close(y, reference(kernel), dtype)
 
@@ -87,7 +86,7 @@ def apply(module, params, x):
 def test_the_network_makes_logits_and_every_weight_has_a_gradient(kind):
     network = BinaryResNet(units(kind), num_classes=3, blocks=1, width=4)
     x = jax.random.normal(KEY, (8, 8, 8, 1))
-    variables = fast_jit(network.init)(KEY, jnp.zeros((1, 8, 8, 1)))
+    variables = jax.jit(network.init)(KEY, jnp.zeros((1, 8, 8, 1)))
     assert ("batch_stats" in variables) == (kind in ("flax", "batch"))
     # The gain from zero lets nothing through in the first step.
     params = jax.tree.map_with_path(
@@ -102,7 +101,7 @@ def test_the_network_makes_logits_and_every_weight_has_a_gradient(kind):
         logits = apply(network, params, x)
         return -jax.nn.log_softmax(logits)[:, 0].mean(), logits
 
-    gradients, logits = fast_jit(jax.grad(loss, has_aux=True))(params)
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(params)
     assert (logits.shape, logits.dtype) == ((8, 3), jnp.float32)
     for path, gradient in jax.tree.leaves_with_path(gradients):
         assert np.isfinite(gradient).all()
@@ -121,7 +120,7 @@ def test_the_network_computes_in_half_precision(kind):
 def test_without_a_norm_the_mean_and_variance_of_the_branch_are_known():
     unit = BinaryUnit(units("norm_free"), features=64, strides=1, beta=2.0)
     x = 2 * jax.random.normal(KEY, (8, 12, 12, 64))
-    params = fast_jit(unit.init)(KEY, x[:1])["params"]
+    params = jax.jit(unit.init)(KEY, x[:1])["params"]
     np.testing.assert_array_equal(apply(unit, params, x), x)
     y = apply(unit, {**params, "skip_gain": jnp.ones(())}, x)
     branch = (y - x)[:, 1:-1, 1:-1]  # the border sees zeros, which are not binary

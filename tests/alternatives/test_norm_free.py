@@ -18,7 +18,6 @@ from flax_sbn.linen.weight_standardization import WSConv
 from flax_sbn.nnx.norm_free import NormFreeBlock as NnxNormFreeBlock
 from tests import cases, teaching
 from tests.closeness import assert_close
-from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 ONES = nn.initializers.ones
@@ -141,7 +140,7 @@ def test_blocks_are_the_same_in_linen_and_nnx_and_as_described(name):
         skipped = conv("shortcut", (1, 1), strides)(z) if projects else x
         return skipped + options.get("alpha", 0.2) * params["skip_gain"] * y
 
-    @functools.partial(fast_jit, static_argnums=0)
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, params):
         y, pullback = jax.vjp(function, params)
         return y, pullback(jnp.cos(y))
@@ -155,11 +154,11 @@ def test_blocks_are_the_same_in_linen_and_nnx_and_as_described(name):
 
 def test_blocks_start_as_identities_from_a_row_of_zeros():
     block = NormFreeBlock(3)
-    variables = fast_jit(block.init)(KEY, jnp.zeros((1, 5, 5, 3)))
+    variables = jax.jit(block.init)(KEY, jnp.zeros((1, 5, 5, 3)))
     x = cases.inputs((2, 5, 5, 3))
-    np.testing.assert_array_equal(fast_jit(block.apply)(variables, x), x)
+    np.testing.assert_array_equal(jax.jit(block.apply)(variables, x), x)
     make = functools.partial(NnxNormFreeBlock, 3, 3)
-    y = fast_jit(lambda x: make(rngs=nnx.Rngs(0))(x))(x)
+    y = jax.jit(lambda x: make(rngs=nnx.Rngs(0))(x))(x)
     np.testing.assert_array_equal(y, x)
 
 
@@ -180,7 +179,7 @@ def test_zero_kernels_and_inputs_stay_finite():
     def loss_fn(params):
         return jnp.square(block.apply({"params": params}, x) - 1).sum()
 
-    loss, gradients = fast_jit(jax.value_and_grad(loss_fn))(params)
+    loss, gradients = jax.jit(jax.value_and_grad(loss_fn))(params)
     for leaf in (loss, *jax.tree.leaves(gradients)):
         assert np.isfinite(leaf).all()
 
@@ -254,13 +253,13 @@ def test_a_network_trains_with_adaptive_gradient_clipping():
         logits = network.apply({"params": params}, x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @fast_jit
+    @jax.jit
     def step(params, state):
         loss, gradients = jax.value_and_grad(loss_fn)(params)
         updates, state = optimizer.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    params = fast_jit(network.init)(KEY, x[:1])["params"]
+    params = jax.jit(network.init)(KEY, x[:1])["params"]
     state, losses = optimizer.init(params), []
     for _ in range(40):
         params, state, loss = step(params, state)

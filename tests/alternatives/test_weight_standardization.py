@@ -21,7 +21,6 @@ from flax_sbn.nnx.weight_standardization import WSConv as NnxWSConv
 from flax_sbn.nnx.weight_standardization import WSDense as NnxWSDense
 from tests import cases, teaching
 from tests.closeness import assert_close, eps
-from tests.compiling import fast_jit
 
 KEY = jax.random.key(0)
 ZEROS = nnx.initializers.zeros
@@ -65,7 +64,7 @@ def test_kernels_are_those_of_the_reference(shape, dtype, masked, x64):
     gain = cases.inputs(shape[-1:], dtype, seed=1)
     mask = some_mask(shape) if masked else None
     for options in ({}, {"gain": gain}):
-        y = fast_jit(standardize_kernel)(kernel, **options, mask=mask)
+        y = jax.jit(standardize_kernel)(kernel, **options, mask=mask)
         assert (y.shape, y.dtype) == (shape, kernel.dtype)
         expected = reference(kernel, np.asarray(options.get("gain", 1.0)), mask)
         assert_close(y, expected, dtype, num=kernel.size)
@@ -81,7 +80,7 @@ def test_the_result_is_in_the_promoted_dtype():
 def test_mean_is_zero_and_variance_the_squared_gain_over_the_fan_in(mean, std):
     kernel = mean + std * jax.random.normal(KEY, (3, 3, 16, 4))
     gain = jnp.array([1.0, -2.0, 0.5, 0.0])
-    y = np.asarray(fast_jit(standardize_kernel)(kernel, gain), np.float64)
+    y = np.asarray(jax.jit(standardize_kernel)(kernel, gain), np.float64)
     # What the mean is rounded to cannot be told from a mean.
     rounding = 4 * eps("float32") * (1 + abs(mean) / std) / 12
     np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=rounding)
@@ -112,7 +111,7 @@ def test_constant_kernels_stay_finite(fill, dtype):
         return (weights * standardize_kernel(kernel, gain)).sum()
 
     y = standardize_kernel(kernel)
-    gradients = fast_jit(jax.grad(loss, (0, 1)))(kernel, jnp.ones(2))
+    gradients = jax.jit(jax.grad(loss, (0, 1)))(kernel, jnp.ones(2))
     for array in (y, *gradients):
         assert np.isfinite(np.asarray(array, np.float32)).all()
     assert_close(y, np.zeros(kernel.shape), dtype)
@@ -239,7 +238,7 @@ def compared(linen, module, x):
         return y, *pullback(jnp.cos(y))
 
     return params, [
-        fast_jit(functools.partial(value_and_gradients, function))(params)
+        jax.jit(functools.partial(value_and_gradients, function))(params)
         for function in (in_linen, in_nnx)
     ]
 
@@ -250,7 +249,7 @@ def check_layer(linen, plain, module, x, mask=None):
     given = {name: p for name, p in params.items() if name != "gain"}
     kernel = reference(params["kernel"], np.asarray(params["gain"]), mask)
     given["kernel"] = jnp.asarray(kernel, params["kernel"].dtype)
-    expected = fast_jit(plain.apply)({"params": given}, x)
+    expected = jax.jit(plain.apply)({"params": given}, x)
     dtype = min(expected.dtype, given["kernel"].dtype, key=lambda d: d.itemsize).name
     assert result[0].dtype == expected.dtype
     assert_close(result[0], expected, dtype, num=36)
@@ -302,7 +301,7 @@ def test_a_half_precision_layer_standardizes_in_float32():
     params = {"kernel": kernel, "bias": jnp.zeros(8), "gain": jnp.ones(8)}
     x = np.random.default_rng(0).standard_normal((64, 32, 4))
     layer = WSConv(8, (3,), padding="CIRCULAR", dtype="bfloat16")
-    y = fast_jit(layer.apply)({"params": params}, x)
+    y = jax.jit(layer.apply)({"params": params}, x)
     assert y.dtype == jnp.bfloat16
     assert float(y.astype("float32").var()) == pytest.approx(1, abs=0.1)
 
@@ -347,7 +346,7 @@ def variances(depth, layer, activation):
         return activation(y), y.var(0).mean()
 
     keys = jax.random.split(KEY, depth)
-    return np.asarray(fast_jit(lambda x: jax.lax.scan(body, x, keys)[1])(x))
+    return np.asarray(jax.jit(lambda x: jax.lax.scan(body, x, keys)[1])(x))
 
 
 def test_a_deep_network_keeps_its_variance():
