@@ -23,6 +23,7 @@ from flax_sbn.half_precision import add_shift, offset, round_to
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler, sampled_parts
+from flax_sbn.sharding import laid_out_by_xla, varying_like
 from flax_sbn.statistics import (
     Measure,
     Statistics,
@@ -383,6 +384,7 @@ def _linear_norm(
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
+    kernel, scale, bias = varying_like(x, (kernel, scale, bias))
     narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
@@ -405,33 +407,62 @@ def _linear_norm(
         )
     else:
         half = jnp.finfo(x.dtype).bits < 32
-        inputs, values = [], []
+        mean = None
         if statistics is None:
-            parts = sampled_parts(sampler, shape[:-1], key)
-            for part in parts:
-                x, below, here = linear.fork(x, part, shape[1:-1])
-                inputs.append((part.weight, below))
-                values.append(here(below, narrow))
-            axes = tuple(range(x.ndim - 1))
-            masks = None if mask is None else [part.take(mask, axes) for part in parts]
-            statistics = part_statistics(
-                parts,
-                values,
-                axes,
-                masks=masks,
-                running=running,
+            measured = functools.partial(
+                _measured,
+                linear=linear,
+                sampler=sampler,
+                shape=shape,
+                with_mean=half and mask is None,
                 measure=measure,
                 **pooling,
+            )
+            x, (statistics, mean) = laid_out_by_xla(
+                measured, x, narrow, key, mask, running, keeps_first=True
             )
             target = correct(statistics, running)
         else:
             target = statistics
+        target = varying_like(x, target)
         folded, shift = fold(kernel, target, scale, bias, epsilon=epsilon)
-        rounded = round_to(folded, x.dtype)
-        if half and inputs and mask is None:
-            measured, _ = fold(narrow, target, scale, bias, epsilon=epsilon)
-            shift -= offset(inputs, rounded, measured)
-        y = linear(x, rounded)
+        applied = round_to(folded, x.dtype)
+        if mean is not None:
+            rounded, _ = fold(narrow, target, scale, bias, epsilon=epsilon)
+            shift -= offset(mean, applied, rounded)
+        y = linear(x, applied)
         y = add_shift(y, shift) if half else y + shift
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics
+
+
+def _measured(
+    x: jax.Array,
+    kernel: jax.Array,
+    key: jax.Array | None,
+    mask: jax.Array | None,
+    running: Statistics | None,
+    *,
+    linear: _Linear,
+    sampler: Sampler | None,
+    shape: tuple[int, ...],
+    with_mean: bool,
+    **options: Any,
+) -> tuple[jax.Array, tuple[Statistics, jax.Array | None]]:
+    """Returns the input, what a sample of the output has, and that of the input's mean.
+
+    The input that is returned collects the gradients of all its uses.
+    """
+    axes = tuple(range(x.ndim - 1))
+    parts = sampled_parts(sampler, shape[:-1], key)
+    values, means = [], []
+    for part in parts:
+        x, below, here = linear.fork(x, part, shape[1:-1])
+        values.append(here(below, kernel))
+        if with_mean:
+            means.append(part.weight * below.mean(axes, dtype=jnp.float32))
+    masks = None if mask is None else [part.take(mask, axes) for part in parts]
+    statistics = part_statistics(
+        parts, values, axes, masks=masks, running=running, **options
+    )
+    return x, (statistics, functools.reduce(jnp.add, means) if means else None)

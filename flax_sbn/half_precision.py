@@ -1,8 +1,5 @@
 """What the fold needs in half precision: rounding that stays, and its correction."""
 
-import functools
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -17,9 +14,7 @@ def round_to(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     return kernel.astype(dtype)
 
 
-def offset(
-    inputs: Sequence[tuple[float, jax.Array]], applied: jax.Array, measured: jax.Array
-) -> jax.Array:
+def offset(mean: jax.Array, applied: jax.Array, measured: jax.Array) -> jax.Array:
     """Returns about how far the outputs of two kernels are apart on average.
 
     The statistics are those of the rounded kernel, and what is applied is the rounded
@@ -27,14 +22,10 @@ def offset(
     removes any more.
 
     Args:
-      inputs: weighted parts of the input.
+      mean: of the measured input, ``(groups * I,)``.
       applied: ``(*window, I, C)``.
       measured: likewise.
     """
-    parts = [
-        weight * x.mean(range(x.ndim - 1), dtype=measured.dtype) for weight, x in inputs
-    ]
-    mean = functools.reduce(jnp.add, parts)
     groups = mean.size // measured.shape[-2]
     # A group of output features sees its own group of input features.
     per_group = measured.shape[-1] // groups

@@ -16,6 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.sampling import Sampler, sampled_parts
+from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.windows import Part
 
 Axis = int | Sequence[int]
@@ -159,21 +160,30 @@ def batch_statistics(
     """
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
-    parts = sampled_parts(sampler, tuple(x.shape[a] for a in axes), key)
     if mask is not None:
         mask = broadcast_mask(mask, x.shape)
 
-    return part_statistics(
-        parts,
-        [part.take(x, axes) for part in parts],
-        axes,
-        masks=None if mask is None else [part.take(mask, axes) for part in parts],
-        one_pass=use_fast_variance if sampler is None else None,
-        axis_name=axis_name,
-        axis_index_groups=axis_index_groups,
-        running=running,
-        measure=measure,
-    )
+    def measured(
+        x: jax.Array,
+        key: jax.Array | None,
+        mask: jax.Array | None,
+        running: Statistics | None,
+    ) -> Statistics:
+        parts = sampled_parts(sampler, tuple(x.shape[a] for a in axes), key)
+        return part_statistics(
+            parts,
+            [part.take(x, axes) for part in parts],
+            axes,
+            masks=None if mask is None else [part.take(mask, axes) for part in parts],
+            one_pass=use_fast_variance if sampler is None else None,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            running=running,
+            measure=measure,
+        )
+
+    statistics: Statistics = laid_out_by_xla(measured, x, key, mask, running)
+    return statistics
 
 
 def part_statistics(

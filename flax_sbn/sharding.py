@@ -1,0 +1,53 @@
+"""Arrays whose type says how they are laid out over devices, or vary between them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+
+def laid_out_by_xla(
+    function: Callable[..., Any], x: jax.Array, *args: Any, keeps_first: bool = False
+) -> Any:
+    """Returns ``function(x, *args)``, in which XLA decides where arrays lie.
+
+    On a mesh with explicit axes JAX asks for the layout of every slice that it cannot
+    tell itself, and a sample is made of such slices. Elsewhere this is a plain call.
+
+    Args:
+      function: of arrays. It may not close over others.
+      x: the array that is sampled, whose type tells the mesh.
+      *args: trees of arrays.
+      keeps_first: whether the first result is laid out as ``x`` is. All others have a
+        copy on every device.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return function(x, *args)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return jax.sharding.auto_axes(
+        function,
+        axes=tuple(name for name, kind in axes if kind == AxisType.Explicit),
+        out_sharding=(sharding, everywhere) if keeps_first else everywhere,
+    )(x, *args)
+
+
+def varying_like(x: jax.Array, tree: Any) -> Any:
+    """Returns arrays that count as others on every device on which ``x`` is another.
+
+    Under ``shard_map`` the gradients of all their uses are then added up on each device
+    first, and once over the devices.
+    """
+    there = jax.typeof(x).manual_axis_type.varying
+
+    def varying(array: ArrayLike) -> jax.Array:
+        array = jnp.asarray(array)
+        axes = there - jax.typeof(array).manual_axis_type.varying
+        return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+    return jax.tree.map(varying, tree)
