@@ -17,6 +17,7 @@ def mesh() -> Mesh:
 def collectives(function: Callable[..., Any], *args: Any) -> list[tuple[str, ...]]:
     """Returns the collective operations of a compiled program, and what they send."""
     text = jax.jit(function).lower(*args).compile().as_text()
+    text = re.sub(r"/\*.*?\*/", "", text)  # "/*index=5*/" in long lists of types
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
     found = re.findall(rf"= ([^=]*?) ({kinds})(?:-start)?\(", text)
     return [(kind, *re.findall(r"\w+\[[\d,]*\]", types)) for types, kind in found]

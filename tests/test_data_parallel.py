@@ -1,0 +1,270 @@
+"""A network on eight devices in three ways: one device's numbers, and what is sent."""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import flax_sbn as sbn
+from tests import cases
+from tests.closeness import assert_close
+from tests.devices import collectives
+from tests.samples import KEY
+
+SHARDS, LAYERS, CLASSES = 8, 2, 3
+SHAPE = (4 * SHARDS, 8, 8, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """How a network is normalized; not at all if it is none of these."""
+
+    sampler: Any = None
+    axis_name: str | None = None
+    folded: bool = False
+    none: bool = False
+
+
+class Network(nn.Module):
+    norm: Norm
+
+    @nn.compact
+    def __call__(self, x):
+        options = {
+            "sampler": self.norm.sampler,
+            "axis_name": self.norm.axis_name,
+            "use_running_average": False,
+        }
+        for _ in range(LAYERS):
+            if self.norm.none:
+                x = nn.relu(nn.Conv(4, (3, 3))(x))
+            elif self.norm.folded:
+                x = sbn.linen.ConvNorm(4, (3, 3), activation=nn.relu, **options)(x)
+            else:
+                x = nn.Conv(4, (3, 3), use_bias=False)(x)
+                x = nn.relu(sbn.linen.BatchNorm(**options)(x))
+        return nn.Dense(CLASSES)(x.mean((1, 2)))
+
+
+class NNXNetwork(nnx.Module):
+    def __init__(self, norm, rngs):
+        options = {"sampler": norm.sampler, "axis_name": norm.axis_name, "rngs": rngs}
+        layers, width = [], SHAPE[-1]
+        for _ in range(LAYERS):
+            if norm.none:
+                layers += [nnx.Conv(width, 4, (3, 3), rngs=rngs), nnx.relu]
+            elif norm.folded:
+                layer = sbn.nnx.ConvNorm(
+                    width, 4, (3, 3), activation=nnx.relu, **options
+                )
+                layers += [layer]
+            else:
+                conv = nnx.Conv(width, 4, (3, 3), use_bias=False, rngs=rngs)
+                layers += [conv, sbn.nnx.BatchNorm(4, **options), nnx.relu]
+            width = 4
+        self.layers = nnx.List(layers)
+        self.head = nnx.Linear(width, CLASSES, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean((1, 2)))
+
+
+def loss_of(logits, labels):
+    return -(jax.nn.log_softmax(logits) * labels).sum(-1).mean()
+
+
+def linen_step(norm):
+    """Returns parameters, and a function of them that gives loss and statistics."""
+    network = Network(norm)
+    variables = network.init(KEY, jnp.zeros((1, *SHAPE[1:])))
+    params = variables.pop("params")
+
+    def loss(params, x, labels, key):
+        logits, updates = network.apply(
+            {"params": params, **variables},
+            x,
+            mutable=["batch_stats"],
+            rngs={"sampling": key},
+        )
+        return loss_of(logits, labels), updates
+
+    return params, loss
+
+
+def nnx_step(norm):
+    network = NNXNetwork(norm, nnx.Rngs(params=0, sampling=1))
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+
+    def loss(params, x, labels, key):
+        network = nnx.merge(graph, params, rest, copy=True)
+        return loss_of(network(x), labels), nnx.state(network, nnx.BatchStat)
+
+    return params, loss
+
+
+def gradients(loss, params, x, labels, key):
+    """Returns loss and statistics, and the gradients of the parameters."""
+    return jax.value_and_grad(loss, has_aux=True)(params, x, labels, key)
+
+
+def mesh(kind=AxisType.Auto):
+    return jax.make_mesh((SHARDS,), ("data",), axis_types=(kind,))
+
+
+def by_jit(kind):
+    """Returns how to run on arrays that lie on several devices."""
+
+    def run(loss, params, x, labels, key, lower=False):
+        rows, everywhere = (NamedSharding(mesh(kind), p) for p in (P("data"), P()))
+        args = (
+            *jax.device_put((params,), everywhere),
+            *jax.device_put((x, labels), rows),
+            jax.device_put(key, everywhere),
+        )
+        with jax.set_mesh(mesh(kind)):
+            function = functools.partial(gradients, loss)
+            return collectives(function, *args) if lower else jax.jit(function)(*args)
+
+    return run
+
+
+def by_shard_map(loss, params, x, labels, key, lower=False):
+    """Runs on each device's rows; averages the loss, but not the statistics."""
+
+    def shard(params, x, labels, key):
+        def mean_loss(*args):
+            value, updates = loss(*args)
+            return jax.lax.pmean(value, "data"), updates
+
+        (value, updates), grads = gradients(mean_loss, params, x, labels, key)
+        return value, jax.tree.map(lambda u: u[None], updates), grads
+
+    step = jax.shard_map(
+        shard,
+        mesh=mesh(),
+        in_specs=(P(), P("data"), P("data"), P()),
+        out_specs=(P(), P("data"), P()),
+    )
+    if lower:
+        return collectives(step, params, x, labels, key)
+    value, updates, grads = jax.jit(step)(params, x, labels, key)
+    for each in jax.tree.leaves(updates):
+        # Synchronized: to the bit the same on every device.
+        np.testing.assert_array_equal(each, np.broadcast_to(each[0], each.shape))
+    return (value, jax.tree.map(lambda u: u[0], updates)), grads
+
+
+def batch():
+    labels = np.eye(CLASSES, dtype=np.float32)
+    return cases.inputs(SHAPE), labels[np.arange(SHAPE[0]) % CLASSES]
+
+
+# What a device measures, and the same of the whole batch on one device. Of patches, all
+# rows share one place: else it depends on the row's place in the batch.
+PATCH = sbn.FeatureSampling(1 / 4, groups=1)
+SAMPLERS = {
+    "all": (None, None),
+    "BS": (sbn.BatchSampling(2), sbn.BatchSampling(16, strata=8)),
+    "FS": (PATCH, PATCH),
+    "VDN": (sbn.VirtualSampling(2), sbn.VirtualSampling(16, strata=8)),
+    "FS+VDN": (
+        sbn.MixedSampling(PATCH, sbn.VirtualSampling(1)),
+        sbn.MixedSampling(PATCH, sbn.VirtualSampling(8, strata=8)),
+    ),
+}
+WAYS = {
+    "jit": by_jit(AxisType.Auto),
+    "explicit": by_jit(AxisType.Explicit),
+    "shard_map": by_shard_map,
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases.pairwise(
+        name=list(SAMPLERS),
+        way=list(WAYS),
+        folded=[False, True],
+        step=[linen_step, nnx_step],
+    ),
+    ids=lambda case: "-".join(getattr(v, "__name__", str(v)) for v in case.values()),
+)
+def test_a_step_is_that_of_one_device(case):
+    per_device, of_all = SAMPLERS[case["name"]]
+    mapped = case["way"] == "shard_map"
+    norm = Norm(of_all, folded=case["folded"])
+    there = Norm(per_device, "data", case["folded"]) if mapped else norm
+    params, alone = case["step"](norm)
+    expected = jax.jit(functools.partial(gradients, alone))(params, *batch(), KEY)
+    _, loss = case["step"](there)
+    actual = WAYS[case["way"]](loss, params, *batch(), KEY)
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, e in pairs:
+        assert_close(a, np.float64(e), num=SHAPE[0] * SHAPE[1] * SHAPE[2])
+
+
+def sent(way, norm, step=linen_step):
+    params, loss = step(norm)
+    return WAYS[way](loss, params, *batch(), KEY, lower=True)
+
+
+LOCAL = [sampler for sampler, _ in SAMPLERS.values()] + [
+    sbn.NaiveSampling(2),
+    sbn.FeatureSampling(1 / 4),
+    sbn.CopySampling(2),
+]
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("sampler", LOCAL, ids=str)
+@pytest.mark.parametrize("step", [linen_step, nnx_step])
+def test_statistics_of_each_device_send_nothing(sampler, folded, step):
+    kinds = [kind for kind, *_ in sent("shard_map", Norm(sampler, None, folded), step)]
+    without = [kind for kind, *_ in sent("shard_map", Norm(none=True), step)]
+    assert kinds == without == ["all-reduce"]  # of loss and gradients
+
+
+def assert_sums_of_features(found, forward, times=1):
+    """Asserts how much is sent: kernels' gradients, and small sums in each layer."""
+    assert {kind for kind, *_ in found} == {"all-reduce"}
+    rounds = LAYERS * (forward + 1)  # and one in the backward pass
+    assert len(found) <= rounds + 1
+    floats = sum(
+        math.prod(map(int, re.findall(r"\d+", shape.split("[")[1])))
+        for _, *shapes in found
+        for shape in shapes
+    )
+    params, _ = linen_step(Norm())
+    gradients = sum(param.size for param in jax.tree.leaves(params))
+    assert floats <= 1 + times * gradients + rounds * 8 * 4  # of 4 features
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("sampler", LOCAL, ids=str)
+def test_synchronized_statistics_send_one_sum_a_layer(sampler, folded):
+    found = sent("shard_map", Norm(sampler, "data", folded))
+    assert_sums_of_features(found, forward=1)
+
+
+@pytest.mark.parametrize("way", ["jit", "explicit"])
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_batch_on_many_devices_sends_sums_only(name, folded, way):
+    _, sampler = SAMPLERS[name]
+    found = sent(way, Norm(sampler, folded=folded))
+    # One to know a value to shift by, one for each part's moments about it.
+    parts = {"all": 0, "FS+VDN": 2}.get(name, 1)
+    # XLA adds up the gradients of a folded kernel and of each part's one by one.
+    assert_sums_of_features(found, 1 + parts, times=1 + parts * folded)
