@@ -3,6 +3,7 @@
 Letters in shapes: ``N`` rows, ``M`` copies of each, ``...`` the shape of one row.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_sbn.sampling import check_positive
+from flax_sbn.sharding import laid_out_by_xla
 
 
 def augment_batch(
@@ -83,7 +85,10 @@ def repeat_rows(x: Any, num_copies: int) -> Any:
     """
     _num_rows(x)
     check_positive(num_copies=num_copies)
-    return jax.tree.map(lambda a: jnp.repeat(a, num_copies, axis=0), x)
+    repeat = functools.partial(jnp.repeat, repeats=num_copies, axis=0)
+    return jax.tree.map(
+        lambda a: laid_out_by_xla(repeat, jnp.asarray(a), like_x=True), x
+    )
 
 
 def _num_rows(x: Any) -> int:

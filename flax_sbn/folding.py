@@ -419,7 +419,7 @@ def _linear_norm(
                 **pooling,
             )
             x, (statistics, mean) = laid_out_by_xla(
-                measured, x, narrow, key, mask, running, keeps_first=True
+                measured, x, narrow, key, mask, running, like_x=(True, False)
             )
             target = correct(statistics, running)
         else:

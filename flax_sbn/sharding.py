@@ -10,19 +10,19 @@ from jax.typing import ArrayLike
 
 
 def laid_out_by_xla(
-    function: Callable[..., Any], x: jax.Array, *args: Any, keeps_first: bool = False
+    function: Callable[..., Any], x: jax.Array, *args: Any, like_x: Any = False
 ) -> Any:
     """Returns ``function(x, *args)``, in which XLA decides where arrays lie.
 
-    On a mesh with explicit axes JAX asks for the layout of every slice that it cannot
-    tell itself, and a sample is made of such slices. Elsewhere this is a plain call.
+    On a mesh with explicit axes JAX asks for the layout of whatever it cannot tell
+    itself, such as slices of rows. Elsewhere this is a plain call.
 
     Args:
       function: of arrays. It may not close over others.
       x: the array that is sampled, whose type tells the mesh.
       *args: trees of arrays.
-      keeps_first: whether the first result is laid out as ``x`` is. All others have a
-        copy on every device.
+      like_x: for each result, or tree of results, whether it is laid out as ``x`` is.
+        If not, every device has it.
     """
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
@@ -33,7 +33,9 @@ def laid_out_by_xla(
     return jax.sharding.auto_axes(
         function,
         axes=tuple(name for name, kind in axes if kind == AxisType.Explicit),
-        out_sharding=(sharding, everywhere) if keeps_first else everywhere,
+        out_sharding=jax.tree.map(
+            lambda like: sharding if like else everywhere, like_x
+        ),
     )(x, *args)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.sampling import VirtualSampling
+from flax_sbn.sharding import laid_out_by_xla
 
 
 def virtual_samples(
@@ -109,8 +110,13 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
             f"{x.shape[0]} real and {virtual.shape[0]} virtual rows. "
             "Choose strata that divide both."
         )
-    parts = [a.reshape(strata, -1, *a.shape[1:]) for a in (x, virtual.astype(x.dtype))]
-    return jnp.concatenate(parts, axis=1).reshape(-1, *x.shape[1:])
+
+    def appended(x: jax.Array, virtual: jax.Array) -> jax.Array:
+        parts = [a.reshape(strata, -1, *a.shape[1:]) for a in (x, virtual)]
+        return jnp.concatenate(parts, axis=1).reshape(-1, *x.shape[1:])
+
+    y: jax.Array = laid_out_by_xla(appended, x, virtual.astype(x.dtype), like_x=True)
+    return y
 
 
 def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
@@ -140,4 +146,7 @@ def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
     if num_virtual == 0:
         return y
     real, _ = VirtualSampling(num_virtual, strata).split(y.shape)
-    return real.take(y, range(y.ndim))
+    rows: jax.Array = laid_out_by_xla(
+        lambda y: real.take(y, range(y.ndim)), y, like_x=True
+    )
+    return rows

@@ -158,6 +158,28 @@ def test_layers_train(layer, norm_cls):
     assert_all_close(on_mesh(run, x), run(x), num=x.size)
 
 
+def with_virtual(x):
+    rows = sbn.append_virtual(x, sbn.virtual_samples(KEY, 4, x.shape[1:]), strata=4)
+    return rows, sbn.drop_virtual(rows, 4, strata=4)
+
+
+def repeated(x):
+    return sbn.repeat_rows(x, 2)
+
+
+@pytest.mark.parametrize("rows", [with_virtual, repeated])
+def test_rows_are_added_and_dropped_where_they_lie(rows):
+    x = cases.inputs(SHAPE)
+    for actual, expected in zip(
+        jax.tree.leaves(on_mesh(jax.jit(rows), x)),
+        jax.tree.leaves(rows(x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(actual, expected)
+        assert jax.typeof(actual).sharding.spec[0] == "data"
+    assert on_mesh(functools.partial(collectives, rows), x) == []
+
+
 @pytest.mark.parametrize(
     "sampler",
     [
