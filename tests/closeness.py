@@ -30,6 +30,15 @@ def assert_close(actual, expected, dtype="float32", num=1, c=4.0):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
+def assert_trees_close(actual, expected, **options):
+    """Asserts that arrays and keys of a tree are another's; see `assert_close`."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    for a, e in pairs:
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, e = map(jax.random.key_data, (a, e))
+        assert_close(a, np.float64(e), **options)
+
+
 def assert_same_to_rounding(actual, expected, rtol=1e-12):
     """Asserts that each array of a tree is another's, relative to its largest value."""
     pairs = zip(

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import flax_sbn as sbn
-from tests.closeness import assert_close
+from tests.closeness import assert_close, assert_trees_close
 from tests.networks import Norm, batch, linen_step, nnx_step
 from tests.samples import KEY
 
@@ -35,11 +35,11 @@ CASES = pytest.mark.parametrize(
 def micro_batches():
     """Returns rows, labels and keys, a leading axis of micro-batches."""
     x, labels = (a.reshape(MICRO, -1, *a.shape[1:]) for a in batch())
-    return x + np.arange(MICRO)[:, None, None, None, None], labels, split(KEY)
-
-
-def split(key):
-    return jax.random.split(key, MICRO)
+    return (
+        x + np.arange(MICRO)[:, None, None, None, None],
+        labels,
+        jax.random.split(KEY, MICRO),
+    )
 
 
 def gradients(loss):
@@ -54,13 +54,6 @@ def one_by_one(loss, params, state):
         all_grads.append(grads)
         states.append(state)
     return jax.tree.map(lambda *g: sum(g) / MICRO, *all_grads), states
-
-
-def assert_trees_close(actual, expected):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, e = map(jax.random.key_data, (a, e))
-        assert_close(a, np.float64(e), num=512)
 
 
 def first_mean(state):
@@ -88,7 +81,7 @@ def test_a_scan_over_micro_batches_is_a_loop(step, name, folded):
         (state, total), _ = jax.lax.scan(body, (state, zeros), micro_batches())
         return jax.tree.map(lambda g: g / MICRO, total), state
 
-    assert_trees_close(accumulated(params, state), (grads, states[-1]))
+    assert_trees_close(accumulated(params, state), (grads, states[-1]), num=512)
 
 
 @CASES
@@ -111,7 +104,7 @@ def test_recomputation_counts_nothing_twice(step, name, folded):
     args = (params, state, *batch(), KEY)
     plain = jax.jit(gradients(loss))(*args)
     again = jax.jit(gradients(jax.checkpoint(loss)))(*args)
-    assert_trees_close(again, plain)
+    assert_trees_close(again, plain, num=512)
 
 
 def linen_rematerialized(remat):
@@ -146,7 +139,7 @@ def nnx_rematerialized(remat):
 @pytest.mark.parametrize("run", [linen_rematerialized, nnx_rematerialized])
 def test_a_recomputed_layer_counts_its_step_once(run):
     plain, again = run(False), run(True)
-    assert_trees_close(again, plain)
+    assert_trees_close(again, plain, num=512)
     (count,) = (
         int(leaf)
         for path, leaf in jax.tree.leaves_with_path(again)
@@ -172,6 +165,6 @@ def test_multi_steps_update_once_and_every_statistic_counts(step, name, folded):
     start = params
     for i, each in enumerate(zip(*micro_batches(), strict=True)):
         if i:
-            assert_trees_close(params, start)
+            assert_trees_close(params, start, num=512)
         params, state, optimizer = train(params, state, optimizer, *each)
-    assert_trees_close((params, state), (expected, states[-1]))
+    assert_trees_close((params, state), (expected, states[-1]), num=512)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from tests import cases
-from tests.closeness import assert_close
+from tests.closeness import assert_trees_close
 from tests.devices import collectives
 from tests.samples import KEY
 
@@ -38,12 +38,6 @@ def on_mesh(function, x, *args):
     args = jax.device_put(args, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
         return function(on_rows(x), *args)
-
-
-def assert_all_close(actual, expected, **options):
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
-    for a, e in pairs:
-        assert_close(a, np.float64(e), **options)
 
 
 def norm(x, kernel, key, sampler, mask=None):
@@ -107,14 +101,14 @@ def test_results_and_gradients_are_those_of_one_device(case):
         assert jax.typeof(array).sharding.spec[0] == "data"
     for array in statistics:
         assert jax.typeof(array).sharding.spec[0] is None
-    assert_all_close(sharded, run(x, KERNEL, KEY), dtype=dtype, num=x.size)
+    assert_trees_close(sharded, run(x, KERNEL, KEY), dtype=dtype, num=x.size)
 
 
 @pytest.mark.parametrize("name", ["FS", "VDN", "BS"])
 def test_arrays_tell_their_mesh_outside_jit(name):
     x = cases.inputs(SHAPE)
     y, _ = norm(on_rows(x), None, KEY, SAMPLERS[name])
-    assert_all_close(y, norm(x, None, KEY, SAMPLERS[name])[0], num=x.size)
+    assert_trees_close(y, norm(x, None, KEY, SAMPLERS[name])[0], num=x.size)
 
 
 def linen_layer(norm_cls):
@@ -155,7 +149,7 @@ def nnx_layer(norm_cls):
 @pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
 def test_layers_train(layer, norm_cls):
     run, x = layer(norm_cls), cases.inputs(SHAPE)
-    assert_all_close(on_mesh(run, x), run(x), num=x.size)
+    assert_trees_close(on_mesh(run, x), run(x), num=x.size)
 
 
 def with_virtual(x):
