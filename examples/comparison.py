@@ -43,14 +43,14 @@ class Report:
     """All results of a comparison so far.
 
     Attributes:
-      folder: where the files go.
+      folder: where the files go; None for nowhere.
       about: settings, versions and device.
       measured: share of values measured by each method; None where nothing is.
       runs: the trainings so far.
       relative_time: time of a training step relative to the first method's.
     """
 
-    folder: Path
+    folder: Path | None
     about: dict[str, Any]
     measured: dict[str, float | None]
     runs: list[Run] = dataclasses.field(default_factory=list)
@@ -77,6 +77,8 @@ class Report:
 
     def write(self) -> None:
         """Writes the files; each is replaced as a whole, so none is ever half there."""
+        if self.folder is None:
+            return
         results = {
             **self.about,
             "methods": self.rows(),

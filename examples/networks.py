@@ -34,6 +34,8 @@ class Settings:
       epochs: passes over the training images.
       learning_rate: peak of the schedule.
       weight_decay: of kernels.
+      label_smoothing: share of the target that is spread over all classes.
+      accumulate: micro-batches that a batch is divided into, one after the other.
       dtype: of the computation.
       augment: random crops and flips.
       fresh_virtual: whether virtual rows are drawn anew in each step, instead of being
@@ -48,6 +50,8 @@ class Settings:
     epochs: int = 20
     learning_rate: float = 0.1
     weight_decay: float = 5e-4
+    label_smoothing: float = 0.0
+    accumulate: int = 1
     dtype: str = "float32"
     augment: bool = False
     fresh_virtual: bool = False

@@ -244,7 +244,7 @@ def train(
         # The first epoch compiles, unless another seed did.
         "images_per_second": statistics.median(rates),
         "together": len(seeds),
-        "measured": trainer.measured,
+        "measured": trainer.learner.measured,
         **describe_device(),
     }
     curves = zip(*epochs, strict=True)

@@ -27,6 +27,7 @@ from rich.progress import (
 )
 
 import methods
+import processes
 from comparison import Report, Run, new_folder
 from data import DataError, Dataset, load_cifar10, load_digits
 from measuring import check_positive, describe_device, interleaved, median_ratio
@@ -109,6 +110,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "batch_size": "images in a step",
         "learning_rate": "peak of the schedule: warm-up, then cosine",
         "weight_decay": "of kernels",
+        "label_smoothing": "share of the target that is spread over all classes",
+        "accumulate": "micro-batches in a step, one after the other",
         "dtype": f"of the computation: {', '.join(DTYPES)}; the rest is float32",
     }.items():
         value = getattr(default, option)
@@ -143,6 +146,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: yes)",
     )
 
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="divide batch and data among N devices (default: 1, and with "
+        "--distributed all there are)",
+    )
+    processes.add_option(where)
+
     parser.add_argument(
         "--out",
         type=Path,
@@ -151,35 +164,40 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     counts = ("seeds", "train_size", "width", "epochs", "batch_size", "rows")
-    check_positive(parser, args, *counts)
+    check_positive(parser, args, *counts, "accumulate", "devices")
     if (args.dataset == "cifar10") != (args.data_dir is not None):
         parser.error("--dataset cifar10 and --data-dir DIR go together")
+    processes.join(parser, args.distributed)
+    if args.devices is None and args.distributed is None:
+        args.devices = 1
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the comparison and returns the exit status."""
     args = parse(argv)
-    console = Console()
+    console = Console(quiet=not processes.is_first())
+    problem = None
     try:
-        dataset = load_cifar10(args.data_dir) if args.data_dir else load_digits()
-        dataset = dataset.limited(args.train_size)
-        trainers = make_trainers(args, dataset)
-        folder = new_folder(args.out, f"{dataset.name}-{args.model}")
+        dataset, trainers, folder = prepare(args)
     except (DataError, ValueError, FileExistsError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        problem = str(error)
+    settings = {k: v for k, v in vars(args).items() if k != "distributed"}
+    if problem := processes.agree(settings, problem):
+        print(f"train.py: {problem}", file=sys.stderr)
         return 2
 
     report = Report(
         folder,
         describe(args, dataset),
-        {trainer.method.name: trainer.measured for trainer in trainers},
+        {trainer.method.name: trainer.learner.measured for trainer in trainers},
     )
     status = 0
     try:
         with progress_bar(console) as progress:
             train_all(args, trainers, report, progress)
-        report.relative_time = time_steps(trainers)
+        if jax.process_count() == 1:  # others would take turns in another order
+            report.relative_time = time_steps(trainers)
     except KeyboardInterrupt:
         status = 130
         console.print("Interrupted; these are the results so far.")
@@ -187,6 +205,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(report.table())
     console.print(f"Curves and numbers: {folder}")
     return status
+
+
+def prepare(
+    args: argparse.Namespace,
+) -> tuple[Dataset, list[Trainer], Path | None]:
+    """Returns what a comparison needs; the folder only where it is written."""
+    dataset = load_cifar10(args.data_dir) if args.data_dir else load_digits()
+    dataset = dataset.limited(args.train_size)
+    trainers = make_trainers(args, dataset)
+    if not processes.is_first():
+        return dataset, trainers, None
+    return dataset, trainers, new_folder(args.out, f"{dataset.name}-{args.model}")
 
 
 def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
@@ -199,7 +229,7 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
     if args.augment is None:
         settings = dataclasses.replace(settings, augment=dataset.augment)
-    data = to_device(dataset)
+    data = to_device(dataset, processes.make_mesh(args.devices))
     return [Trainer(settings, method, data) for method in dict.fromkeys(chosen)]
 
 

@@ -119,10 +119,10 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
 def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
     trainer = small_trainer("bn", model="mlp", api=api, batch_size=32, rows=16)
     state, images = trainer.init(0), trainer.data.images[:32]
-    variables = state.variables
-    forward = trainer._forward(variables, images, state.key, state.key)
+    variables = state.model.variables
+    forward = trainer.learner.forward(variables, images, state.key, state.key)
     halves = [
-        trainer.network.train(variables, trainer._scale(half), state.key)
+        trainer.learner.network.train(variables, trainer.learner.scale(half), state.key)
         for half in (images[:16], images[16:])
     ]
     expected = jnp.concatenate([half.logits for half in halves])
@@ -136,7 +136,7 @@ def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
 @pytest.mark.parametrize("api", list(NETWORKS))
 def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
     trainer = small_trainer("bs:4+vdn:2", api=api, model="mlp", rows=8)
-    assert trainer.measured == pytest.approx(6 / 10)
+    assert trainer.learner.measured == pytest.approx(6 / 10)
     *_, last = trainer.train(seed=0)
     assert np.isfinite(last.loss)
 
@@ -147,11 +147,11 @@ def test_a_batch_has_whole_groups_of_rows() -> None:
 
 
 def test_share_of_values_measured_is_that_of_the_samplers() -> None:
-    assert small_trainer("bn").measured == 1
-    assert small_trainer("bs:4").measured == pytest.approx(4 / 128)
-    assert small_trainer("vdn:2").measured == pytest.approx(2 / 130)
-    assert small_trainer("flax").measured == 1
-    assert small_trainer("gn").measured is None
+    assert small_trainer("bn").learner.measured == 1
+    assert small_trainer("bs:4").learner.measured == pytest.approx(4 / 128)
+    assert small_trainer("vdn:2").learner.measured == pytest.approx(2 / 130)
+    assert small_trainer("flax").learner.measured == 1
+    assert small_trainer("gn").learner.measured is None
 
 
 @pytest.mark.parametrize("api", list(NETWORKS))
@@ -163,7 +163,9 @@ def test_sampled_norms_are_folded_unless_told_otherwise(api) -> None:
     )
     assert [trainer.method.folded for trainer in folded] == [False, True, False]
     assert not any(trainer.method.folded for trainer in unfolded)
-    assert [t.measured for t in folded] == [t.measured for t in unfolded]
+    assert [t.learner.measured for t in folded] == [
+        t.learner.measured for t in unfolded
+    ]
 
 
 def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
@@ -294,7 +296,7 @@ def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
     trainer = small_trainer("vdn:4", model="mlp", rows=32, fresh_virtual=fresh)
     state, images = trainer.init(0), trainer.data.images[:32]
     one, other = (
-        trainer._forward(state.variables, images, state.key, key).logits
+        trainer.learner.forward(state.model.variables, images, state.key, key).logits
         for key in jax.random.split(state.key)
     )
     assert (one != other).any() == fresh
@@ -327,7 +329,9 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
     trainers = [Trainer(settings, method, DIGITS) for method in (plain, moved)]
     state = trainers[0].init(0)
     one, other = (
-        trainer._forward(state.variables, DIGITS.images[:16], state.key, state.key)
+        trainer.learner.forward(
+            state.model.variables, DIGITS.images[:16], state.key, state.key
+        )
         for trainer in trainers
     )
     assert (one.logits != other.logits).any()
@@ -353,9 +357,11 @@ def test_every_normalizer_fits_a_convolutional_network(name, api) -> None:
     # Traces a training pass.
     trainer = small_trainer(name, model="resnet8", api=api, width=16, rows=32)
     logits = jax.eval_shape(
-        lambda key, x: trainer.network.evaluate(trainer.network.init(key, x), x),
+        lambda key, x: trainer.learner.network.evaluate(
+            trainer.learner.network.init(key, x), x
+        ),
         jax.random.key(0),
-        jnp.zeros((2, *trainer.shape)),
+        jnp.zeros((2, *trainer.data.about.shape)),
     )
     assert logits.shape == (2, 10)
 

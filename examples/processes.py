@@ -1,0 +1,124 @@
+"""Several devices and processes that train together.
+
+All of them run the same program. Each process holds its own part of the data, and the
+first one alone writes and speaks.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from numpy.typing import NDArray
+
+AXIS = "data"  # of the mesh, along which the rows of a batch are divided
+
+
+def add_option(group: Any) -> None:
+    """Adds ``--distributed`` to a command line."""
+    group.add_argument(
+        "--distributed",
+        nargs="*",
+        metavar="ADDRESS N I",
+        help="train with other processes, this being number I of N, counted from 0, "
+        "and ADDRESS, HOST:PORT, a free port of the first one's machine; Slurm, Open "
+        "MPI, Kubernetes and TPU pods tell all of that themselves",
+    )
+
+
+def join(parser: argparse.ArgumentParser, values: Sequence[str] | None) -> None:
+    """Meets the other processes, if there are any; before JAX is used."""
+    if values is None:
+        return
+    match values:
+        case []:
+            given: tuple[Any, ...] = ()
+        case [address, count, index] if count.isdecimal() and index.isdecimal():
+            given = (address, int(count), int(index))
+            if not given[2] < given[1]:
+                parser.error(
+                    f"--distributed ADDRESS N I needs I in 0 to N - 1, got I={index} "
+                    f"and N={count}"
+                )
+        case _:
+            parser.error("--distributed is followed by ADDRESS N I, or by nothing")
+    try:
+        jax.distributed.initialize(*given)
+    except (RuntimeError, ValueError) as error:
+        parser.error(
+            "--distributed could not meet the other processes: "
+            + str(error).partition("\n")[0]
+        )
+
+
+def is_first() -> bool:
+    """Tells whether this process is the one that writes and speaks."""
+    return jax.process_index() == 0
+
+
+def agree(settings: dict[str, Any], problem: str | None) -> str | None:
+    """Returns why not all processes can begin, the same in all of them, or None.
+
+    Args:
+      settings: what they should have been started with alike.
+      problem: why this one cannot begin.
+    """
+    own = json.dumps({"problem": problem, "settings": settings}, default=str)
+    text = np.frombuffer(own.encode(), np.uint8)
+    lengths = _gather(np.array([text.size]))
+    padded = np.full(lengths.max(), ord(" "), np.uint8)
+    padded[: text.size] = text
+    everyone = [json.loads(bytes(row)) for row in _gather(padded)]
+    for index, other in enumerate(everyone):
+        for name, value in everyone[0]["settings"].items():
+            if (theirs := other["settings"].get(name)) != value:
+                return (
+                    "Expected all processes to be started with the same settings, got "
+                    f"{name}={value!r} in process 0 and {theirs!r} in process {index}."
+                )
+    for index, other in enumerate(everyone):
+        if found := other["problem"]:
+            return f"In process {index}: {found}" if len(everyone) > 1 else found
+    return None
+
+
+def _gather(array: NDArray[Any]) -> NDArray[Any]:
+    """Returns the arrays of all processes, first axis."""
+    gathered = np.asarray(multihost_utils.process_allgather(array))
+    return gathered.reshape(jax.process_count(), *array.shape)
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """Returns the first devices, or all of them, in a row.
+
+    Raises:
+      ValueError: if there are not so many, or processes would be left out.
+    """
+    available = jax.device_count()
+    count = available if num_devices is None else num_devices
+    if count > available or (count < available and jax.process_count() > 1):
+        raise ValueError(
+            f"Expected {'' if jax.process_count() > 1 else 'at most '}the {available} "
+            f"devices that there are, got devices={count}."
+        )
+    return Mesh(np.array(jax.devices()[:count]), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of a batch: each device has its part of the rows."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of parameters: each device has them."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put(array: NDArray[Any], sharding: NamedSharding) -> jax.Array:
+    """Lays out an array that every process has; each keeps what its devices need."""
+    pick: Callable[[Any], NDArray[Any]] = array.__getitem__
+    return jax.make_array_from_callback(array.shape, sharding, pick)
