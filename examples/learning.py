@@ -21,8 +21,8 @@ from optimizers import make_optimizer
 from processes import AXIS
 
 
-class Images(NamedTuple):
-    """What a network is told about its images.
+class Task(NamedTuple):
+    """What is to be told apart.
 
     Attributes:
       shape: ``(H, W, C)``.
@@ -62,21 +62,21 @@ class Learner:
     """A network, its normalization and its optimizer."""
 
     def __init__(
-        self, settings: Settings, method: Method, images: Images, steps: int, mesh: Mesh
+        self, settings: Settings, method: Method, task: Task, steps: int, mesh: Mesh
     ) -> None:
         """Checks that all fit together, without computing anything.
 
         Args:
           settings: what all runs have in common.
           method: the normalization.
-          images: what the network sees.
+          task: what is to be told apart.
           steps: of an epoch.
           mesh: the devices.
 
         Raises:
           ValueError: if they do not: a sample larger than the batch, for instance.
         """
-        self.settings, self.method, self.images = settings, method, images
+        self.settings, self.method, self.task = settings, method, task
         self.mesh, devices = mesh, mesh.size
         whole = devices * settings.accumulate
         if settings.batch_size % whole:
@@ -105,7 +105,7 @@ class Learner:
           key: of the parameters.
           images: some, for methods that start from data.
         """
-        x = jnp.zeros((1, *self.images.shape))
+        x = jnp.zeros((1, *self.task.shape))
         if self.method.starts_from_data:
             x = self.scale(images[: self.rows])
         variables = self.network.init(key, x)
@@ -113,7 +113,7 @@ class Learner:
 
     def scale(self, images: jax.Array) -> jax.Array:
         """Returns images of mean 0 and standard deviation 1."""
-        return (images.astype(jnp.float32) - self.images.mean) / self.images.std
+        return (images.astype(jnp.float32) - self.task.mean) / self.task.std
 
     def update(
         self,
@@ -262,8 +262,8 @@ class Learner:
 
     def _network(self, method: Method) -> Network:
         network = NETWORKS[self.settings.api]
-        images = self.images
-        return network(self.settings, method, images.shape, images.num_classes)
+        task = self.task
+        return network(self.settings, method, task.shape, task.num_classes)
 
     def _measured(self) -> float | None:
         """Traces a forward pass and returns the share of values that is measured."""
@@ -277,7 +277,7 @@ class Learner:
             rows += self.method.virtual.num_virtual
 
         def forward(key: jax.Array) -> jax.Array:
-            x = jnp.zeros((rows, *self.images.shape))
+            x = jnp.zeros((rows, *self.task.shape))
             return network.train(network.init(key, x[:1]), x, key).logits
 
         jax.eval_shape(forward, jax.random.key(0))

@@ -33,6 +33,7 @@ class Settings:
         the gradient is that of the whole batch. None for the whole batch.
       epochs: passes over the training images.
       learning_rate: peak of the schedule.
+      warmup: share of all steps in which the learning rate rises.
       weight_decay: of kernels.
       label_smoothing: share of the target that is spread over all classes.
       accumulate: micro-batches that a batch is divided into, one after the other.
@@ -49,6 +50,7 @@ class Settings:
     rows: int | None = None
     epochs: int = 20
     learning_rate: float = 0.1
+    warmup: float = 0.1
     weight_decay: float = 5e-4
     label_smoothing: float = 0.0
     accumulate: int = 1

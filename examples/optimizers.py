@@ -29,15 +29,9 @@ def make_optimizer(
       method: the normalization.
       steps: number of steps of an epoch.
     """
-    total, peak = settings.epochs * steps, settings.learning_rate
-    if method.preconditioned:
-        peak *= _PRECONDITIONED_SHARE
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, peak, max(1, total // 10), max(2, total)
-    )
     sgd = optax.chain(
         optax.add_decayed_weights(settings.weight_decay, mask=_is_kernel),
-        optax.sgd(schedule, momentum=0.9, nesterov=True),
+        optax.sgd(learning_rate(settings, method, steps), momentum=0.9, nesterov=True),
     )
     if method.preconditioned:
         sgd = optax.chain(sbn.optim.batch_norm_preconditioning(), sgd)
@@ -48,6 +42,18 @@ def make_optimizer(
         own = optax.adam(_MEAN_AND_SCALE_RATE)
         sgd = optax.partition({"sgd": sgd, "own": own}, _label)
     return optax.with_extra_args_support(sgd)
+
+
+def learning_rate(settings: Settings, method: Method, steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: up for a share of all steps, then a cosine.
+
+    The arguments are those of :func:`make_optimizer`.
+    """
+    total, peak = settings.epochs * steps, settings.learning_rate
+    if method.preconditioned:
+        peak *= _PRECONDITIONED_SHARE
+    warmup = max(1, int(settings.warmup * total))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(2, total))
 
 
 def _is_kernel(params: Any) -> Any:

@@ -6,6 +6,7 @@ first one alone writes and speaks.
 
 import argparse
 import json
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -90,6 +91,42 @@ def _gather(array: NDArray[Any]) -> NDArray[Any]:
     """Returns the arrays of all processes, first axis."""
     gathered = np.asarray(multihost_utils.process_allgather(array))
     return gathered.reshape(jax.process_count(), *array.shape)
+
+
+class Stop:
+    """Whether the training has been asked to end, by SIGTERM or Ctrl-C.
+
+    The second time ends the process at once. Of several processes JAX notes SIGTERM for
+    all of them, and says after which step they end.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        """Begins to listen."""
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leaves everything as it was."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """Tells whether to end after this step."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
+            step
+        ):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def _note(self, number: int, _: object) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(number, self._before[self.signal])
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

@@ -17,22 +17,16 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 import methods
 import processes
 from comparison import Report, Run, new_folder
 from data import DataError, Dataset, load_cifar10, load_digits
 from measuring import check_positive, describe_device, interleaved, median_ratio
-from models import LINEN
-from networks import DTYPES, NETWORKS, Settings
+from networks import Settings
+from options import COUNTS, add_settings, settings_of
+from progress import progress_bar
 from training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
@@ -100,52 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="random crops and flips (default: for cifar10)",
     )
 
-    how = parser.add_argument_group("how to train")
-    default = Settings()
-    names = {"model": tuple(LINEN), "api": tuple(NETWORKS), "dtype": tuple(DTYPES)}
-    for option, help_text in {
-        "model": f"one of {', '.join(LINEN)}",
-        "api": f"one of {', '.join(NETWORKS)}",
-        "epochs": "passes over the training images",
-        "batch_size": "images in a step",
-        "learning_rate": "peak of the schedule: warm-up, then cosine",
-        "weight_decay": "of kernels",
-        "label_smoothing": "share of the target that is spread over all classes",
-        "accumulate": "micro-batches in a step, one after the other",
-        "dtype": f"of the computation: {', '.join(DTYPES)}; the rest is float32",
-    }.items():
-        value = getattr(default, option)
-        choices = names.get(option)
-        how.add_argument(
-            f"--{option.replace('_', '-')}",
-            type=type(value),
-            default=value,
-            choices=choices,
-            metavar="NAME" if choices else "X" if isinstance(value, float) else "N",
-            help=f"{help_text} (default: %(default)s)",
-        )
-
-    how.add_argument(
-        "--width",
-        type=int,
-        metavar="N",
-        help="features of the first stage or hidden layer (default: the model's own)",
-    )
-    how.add_argument(
-        "--rows",
-        type=int,
-        metavar="N",
-        help="images normalized together, as on a device that holds so few (default: "
-        "the batch); for such groups --no-fold is faster",
-    )
-    how.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="fold sampled norms into the convolution or dense layer before them "
-        "(default: yes)",
-    )
-
+    add_settings(parser.add_argument_group("how to train"), Settings())
     where = parser.add_argument_group("where")
     where.add_argument(
         "--devices",
@@ -163,8 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="new folder for the results (default: one under runs/, named by the time)",
     )
     args = parser.parse_args(argv)
-    counts = ("seeds", "train_size", "width", "epochs", "batch_size", "rows")
-    check_positive(parser, args, *counts, "accumulate", "devices")
+    check_positive(parser, args, "seeds", "train_size", "devices", *COUNTS)
     if (args.dataset == "cifar10") != (args.data_dir is not None):
         parser.error("--dataset cifar10 and --data-dir DIR go together")
     processes.join(parser, args.distributed)
@@ -225,10 +173,8 @@ def make_trainers(args: argparse.Namespace, dataset: Dataset) -> list[Trainer]:
     chosen = [methods.parse(text) for text in (*names, *args.sampler)]
     if args.fold:
         chosen = [method.fold() for method in chosen]
-    fields = {field.name for field in dataclasses.fields(Settings)}
-    settings = Settings(**{k: v for k, v in vars(args).items() if k in fields})
-    if args.augment is None:
-        settings = dataclasses.replace(settings, augment=dataset.augment)
+    augment = dataset.augment if args.augment is None else args.augment
+    settings = dataclasses.replace(settings_of(args), augment=augment)
     data = to_device(dataset, processes.make_mesh(args.devices))
     return [Trainer(settings, method, data) for method in dict.fromkeys(chosen)]
 
@@ -292,20 +238,6 @@ def train_one(
             run.loss.append(now.loss)
             run.train_accuracy.append(now.accuracy)
             run.test_accuracy.append(now.test_accuracy)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Returns a bar that shows the run, loss, accuracy, speed and time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-        transient=True,
-    )
 
 
 def time_steps(trainers: list[Trainer]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import flax_sbn as sbn
 from data import Dataset
-from learning import Images, Learner, Model
+from learning import Learner, Model, Task
 from methods import Method
 from networks import Settings, Variables
 from processes import by_rows, everywhere, make_mesh, put
@@ -35,7 +35,7 @@ class DeviceData(NamedTuple):
     labels: jax.Array
     test: list[tuple[jax.Array, jax.Array]]  # batches of one size; label -1 is padding
     num_test: int  # without padding
-    about: Images
+    task: Task
     mesh: Mesh
 
 
@@ -60,7 +60,7 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
         put(dataset.train_labels[:train], rows),
         [(put(some, rows), put(their, rows)) for some, their in batches],
         len(dataset.test_images),
-        Images(
+        Task(
             dataset.train_images.shape[1:],
             dataset.num_classes,
             pixels.mean(0).astype(np.float32),
@@ -137,7 +137,7 @@ class Trainer:
             )
         self.settings, self.method, self.data = settings, method, data
         self.steps = size // settings.batch_size
-        self.learner = Learner(settings, method, data.about, self.steps, data.mesh)
+        self.learner = Learner(settings, method, data.task, self.steps, data.mesh)
         if most_steps is None:
             most_steps = 1 if jax.default_backend() == "cpu" else _MOST_STEPS
         most_steps = min(most_steps, self.steps)

@@ -361,7 +361,7 @@ def test_every_normalizer_fits_a_convolutional_network(name, api) -> None:
             trainer.learner.network.init(key, x), x
         ),
         jax.random.key(0),
-        jnp.zeros((2, *trainer.data.about.shape)),
+        jnp.zeros((2, *trainer.data.task.shape)),
     )
     assert logits.shape == (2, 10)
 
