@@ -4,6 +4,7 @@ Each is written under another name and renamed when it is whole, so that a proce
 be killed at any time. The last few are kept, and the best.
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,8 @@ import processes
 State = TypeVar("State")
 _STATE, _SETTINGS = "state", "settings"
 _METRIC = "top1"
+# Orbax warns at each checkpoint without a metric, which most have not.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class CheckpointError(Exception):

@@ -223,7 +223,7 @@ class Training:
             self.console.print(f"Goes on after step {begin:,} of {self.last:,}.")
         steps = range(begin + 1, self.last + 1)
         batches = self.input.train(begin) if steps else ()
-        with self._log(folder, steps) as log, processes.Stop() as stop:
+        with processes.Stop() as stop, self._log(folder, steps) as log:
             for step, batch in zip(steps, batches, strict=False):
                 state, totals = self._step(state, *self._on_devices(batch))
                 log.add(step, totals)

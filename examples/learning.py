@@ -78,6 +78,9 @@ class Learner:
         """
         self.settings, self.method, self.task = settings, method, task
         self.mesh, devices = mesh, mesh.size
+        for name in ("label_smoothing", "warmup"):
+            if not 0 <= (share := getattr(settings, name)) <= 1:
+                raise ValueError(f"Expected {name} from 0 to 1, got {name}={share}.")
         whole = devices * settings.accumulate
         if settings.batch_size % whole:
             raise ValueError(
