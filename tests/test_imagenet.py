@@ -272,12 +272,18 @@ def test_images_that_cannot_be_read_are_refused_or_counted(
 
 @pytest.mark.parametrize("more", [[], ["--rows", "2"], ["--accumulate", "2"]])
 def test_eight_devices_train_on_noise(tmp_path, capsys, more) -> None:
-    # "bs:16" would leave no rows of a device out, so it is all of them.
     argv = ["--fake-data", "--out", str(tmp_path), *SMALL, "--devices", "8"]
     argv += ["--norm", "bn", "--max-steps", "2", "--num-classes", "3", *more]
     assert imagenet.main(argv) == 0
     assert np.isfinite([*pictures.logged(tmp_path).values()]).all()
     assert steps_kept(tmp_path) == [2]
+
+
+def test_a_training_goes_on_with_another_number_of_devices(images, tmp_path) -> None:
+    options = ["--norm", "bn", "--devices"]
+    assert train(images, tmp_path, *options, "1", "--max-steps", "4") == 0
+    assert train(images, tmp_path, *options, "8") == 0
+    assert [*pictures.logged(tmp_path)] == [*range(1, STEPS + 1)]
 
 
 def test_a_convolutional_network_learns_in_half_precision(images, tmp_path) -> None:
