@@ -40,14 +40,14 @@ class Panel(NamedTuple):
 
 _PANELS = (
     Panel(
-        "MB sent by a device",
+        "MB sent by a device in a step",
         lambda row, without: row["sent_bytes"] / 1e6,
         "{:.1f}",
     ),
     Panel(
         "MB more than without a norm",
         lambda row, without: (row["sent_bytes"] - without["sent_bytes"]) / 1e6,
-        "{:.2g}",
+        "{:.2f}",
         logarithmic=True,
     ),
     Panel(
