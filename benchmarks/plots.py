@@ -105,7 +105,7 @@ def draw(report: Report, prefix: str, folder: Path) -> None:
 
 
 def _drawing(report: Report) -> Draw | None:
-    if report["benchmark"] == "scaling":
+    if report["benchmark"] == "scaling" and scaling_chart.cases(report):
         return functools.partial(scaling_chart.figure, report)
     if report["benchmark"] in CHARTS:
         chart = CHARTS[report["benchmark"]](report)

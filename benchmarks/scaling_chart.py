@@ -30,7 +30,14 @@ _SLOT = 0.2  # height of a bar in inches
 
 
 class Panel(NamedTuple):
-    """A panel: its title, what it shows of a row, given the norm-free one's."""
+    """A panel.
+
+    Attributes:
+      title: says what the values are.
+      value: of a row, given that of as many devices without a norm.
+      text: format of a value.
+      logarithmic: whether the axis is.
+    """
 
     title: str
     value: Callable[[Row, Row], float]
@@ -58,17 +65,27 @@ _PANELS = (
 )
 
 
-def figure(report: Report, ink: str, soft: str) -> Figure:
-    """Draws a report of scaling.py in the two inks of a theme."""
-    cases: dict[str, list[Row]] = {}
+def cases(report: Report) -> dict[str, list[Row]]:
+    """Returns by title what can be drawn: steps of many devices, and one norm-free."""
+    found: dict[str, list[Row]] = {}
     for row in report["results"]:
         if row["devices"] > 1 and row["error"] is None:
             title = "{model} on {target}, {batch_size} images a device".format(**row)
-            cases.setdefault(title, []).append(row)
-    heights = [_SLOT * (len(_methods(rows)) * _SLOTS + 6) for rows in cases.values()]
+            found.setdefault(title, []).append(row)
+    return {
+        title: kept
+        for title, rows in found.items()
+        if (kept := [row for row in rows if row["devices"] in _references(rows)])
+    }
+
+
+def figure(report: Report, ink: str, soft: str) -> Figure:
+    """Draws a report of scaling.py in the two inks of a theme."""
+    shown = cases(report)
+    heights = [_SLOT * (len(_methods(rows)) * _SLOTS + 6) for rows in shown.values()]
     drawn = Figure(figsize=(9.5, sum(heights)), layout="constrained")
-    parts = drawn.subfigures(len(cases), squeeze=False, height_ratios=heights)
-    for part, (title, rows) in zip(parts[:, 0], cases.items(), strict=True):
+    parts = drawn.subfigures(len(shown), squeeze=False, height_ratios=heights)
+    for part, (title, rows) in zip(parts[:, 0], shown.items(), strict=True):
         part.set_facecolor("none")
         part.suptitle(title, color=ink, fontsize=10.5)
         for axes, panel in zip(part.subplots(1, 3, sharey=True), _PANELS, strict=True):
@@ -76,6 +93,11 @@ def figure(report: Report, ink: str, soft: str) -> Figure:
             style_bars(axes, panel.title, ink, soft)
         _legend(part, rows, ink)
     return drawn
+
+
+def _references(rows: list[Row]) -> dict[int, Row]:
+    """Returns what is sent without a norm, by number of devices."""
+    return {row["devices"]: row for row in rows if row["variant"] == _REFERENCE}
 
 
 def _legend(part: Any, rows: list[Row], ink: str) -> None:
@@ -108,7 +130,7 @@ def _methods(rows: list[Row]) -> list[str]:
 def _draw(axes: Axes, panel: Panel, rows: list[Row], ink: str) -> None:
     methods = _methods(rows)
     counts = sorted({row["devices"] for row in rows})
-    without = {r["devices"]: r for r in rows if r["variant"] == _REFERENCE}
+    without = _references(rows)
     values = []
     for row in rows:
         method, _, way = row["variant"].rpartition(", ")
@@ -134,12 +156,13 @@ def _draw(axes: Axes, panel: Panel, rows: list[Row], ink: str) -> None:
             fontsize=8.5,
             color=ink,
         )
+    low, high = min(values, default=0.1), max(values, default=1.0)
     if panel.logarithmic:
         axes.set_xscale("log")
-        axes.set_xlim(10 ** math.floor(math.log10(min(values))), 4 * max(values))
+        axes.set_xlim(10 ** math.floor(math.log10(low)), 4 * high)
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.grid(axis="x", color=ink, alpha=0.15)
     else:
-        axes.set_xlim(0, 1.2 * max(values))
+        axes.set_xlim(0, 1.2 * high)
     axes.set_yticks(range(len(methods)), methods, fontsize=9.5)
     axes.set_ylim(len(methods) - 0.5, -0.5)
