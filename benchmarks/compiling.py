@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -57,7 +58,7 @@ class Result:
 
 def _cpu_seconds() -> float:
     """CPU time of this process and of compilers that it has started."""
-    return sum(os.times()[:4])
+    return time.process_time() + sum(os.times()[2:4])
 
 
 def add_names(
