@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help demo test test-lowest docs bench traffic format clean
+.PHONY: help demo test test-lowest docs bench traffic scaling format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
@@ -13,6 +13,7 @@ help:
 	@echo "make docs         build the documentation in docs/_build/html"
 	@echo "make bench        time layers and training steps on this device"
 	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
+	@echo "make scaling      compile for 1, 8 and 64 of them; add up what they send each other"
 	@echo "make format       format the code"
 	@echo "ARGS='...' passes options on: make demo ARGS='--help'"
 
@@ -53,9 +54,9 @@ bench: $(VENV)/.installed-examples
 	$(VENV)/bin/python benchmarks/report.py
 
 # In an environment of its own: without a driver, JAX's CUDA plugin complains elsewhere.
-traffic:
+traffic scaling:
 	$(MAKE) .venv-traffic/.installed-traffic VENV=.venv-traffic
-	.venv-traffic/bin/python benchmarks/traffic.py $(ARGS)
+	.venv-traffic/bin/python benchmarks/$@.py $(ARGS)
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import flax_sbn as sbn
-from plots import COLOURS, THEMES, save
 from studies import Experiment, Study, short
+from theme import COLOURS, THEMES, save
 
 Curves = np.ndarray  # (seeds, points)
 

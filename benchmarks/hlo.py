@@ -1,6 +1,6 @@
 """Reads an optimized HLO module, the text of what XLA's compiler made of a program.
 
-Only what is needed to count memory traffic is kept: computations, their instructions in
+Only what is needed to count bytes is kept: computations, their instructions in
 the order in which they run, and the arrays that each one yields.
 """
 
@@ -23,14 +23,22 @@ class Array(NamedTuple):
 
     Attributes:
       dtype: element type as HLO writes it, such as ``'bf16'``.
-      size: number of elements.
+      shape: extents; a dynamic one, which HLO writes as ``<=8``, is its bound.
       in_hbm: whether it lies in the device's main memory, HLO's memory space 0; others
         are on the chip (a TPU's vector memory is space 1) or on the host.
     """
 
     dtype: str
-    size: int
+    shape: tuple[int, ...]
     in_hbm: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
 
     def nbytes(self, size: int | None = None) -> int:
         """Bytes of HBM that all elements take, or only `size` of them."""
@@ -185,8 +193,7 @@ def _parse_instruction(name: str, text: str) -> Instruction:
     arrays = tuple(
         Array(
             dtype,
-            # A dynamic dimension, <=8, counts as its bound.
-            math.prod(int(side.lstrip("<=")) for side in shape.split(",") if side),
+            tuple(int(side.lstrip("<=")) for side in shape.split(",") if side),
             re.search(r"S\([1-9]", layout) is None,
         )
         for dtype, shape, layout in _ARRAY.findall(text[:end])

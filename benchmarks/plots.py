@@ -1,22 +1,19 @@
 """Bar charts of the results: horizontal bars in groups, flax's batch norm at 1."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+import scaling_chart
+from theme import COLOURS, THEMES, Draw, save, style_bars
+
 Report = dict[str, Any]
 
-# Ink and soft ink, on the light and the dark page.
-THEMES = {"light": ("#1f2328", "#59636e"), "dark": ("#e6e9ed", "#9aa4b0")}
-# Okabe & Ito's colours, which colour-blind readers tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-_SVG: Any = {"svg.hashsalt": "flax_sbn", "svg.fonttype": "path"}
 _ROW = 0.2  # height of a bar in inches
 _TRAFFIC = {"HBM traffic": "traffic_bytes", "temporary memory": "temp_bytes"}
 _CUT = 3.0  # longer bars are cut; their text tells
@@ -94,38 +91,26 @@ CHARTS: dict[str, Callable[[Report], Chart]] = {
 }
 
 
-def files(report: Report) -> dict[str, str]:
+def files(report: Report, prefix: str) -> dict[str, str]:
     """Returns the file names of a report's chart by theme; none if it has no chart."""
-    chart = CHARTS.get(report["benchmark"])
-    if chart is None or not chart(report).panels:
+    if _drawing(report) is None:
         return {}
-    return {theme: f"{report['stem']}-{theme}.svg" for theme in THEMES}
+    return {theme: f"{prefix}-{report['stem']}-{theme}.svg" for theme in THEMES}
 
 
-def draw(report: Report, folder: Path) -> None:
+def draw(report: Report, prefix: str, folder: Path) -> None:
     """Draws the chart of a report, if it has one."""
-    if named := files(report):
+    if drawing := _drawing(report):
+        save(drawing, files(report, prefix), folder)
+
+
+def _drawing(report: Report) -> Draw | None:
+    if report["benchmark"] == "scaling" and scaling_chart.cases(report):
+        return functools.partial(scaling_chart.figure, report)
+    if report["benchmark"] in CHARTS:
         chart = CHARTS[report["benchmark"]](report)
-        save(functools.partial(_figure, chart), named, folder)
-
-
-def save(
-    figure: Callable[[str, str], Figure], named: Mapping[str, str], folder: Path
-) -> None:
-    """Saves what ``figure(ink, soft)`` draws for each theme, the same bytes each time.
-
-    Args:
-      figure: draws a chart in the two inks of a theme.
-      named: names of the files by theme.
-      folder: where to save them.
-    """
-    for theme, name in named.items():
-        with mpl.rc_context(_SVG):
-            figure(*THEMES[theme]).savefig(
-                folder / name,
-                transparent=True,
-                metadata={"Date": None, "Creator": None},
-            )
+        return functools.partial(_figure, chart) if chart.panels else None
+    return None
 
 
 def _figure(chart: Chart, ink: str, soft: str) -> Figure:
@@ -159,11 +144,7 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
         axes.set_yticks(range(len(groups)), list(groups), fontsize=9.5)
         axes.set_xlim(max(low, -_CUT), min(high, _CUT))
         axes.set_ylim(len(groups) - 0.5, -0.5)
-        axes.set_title(title, loc="left", color=ink, fontsize=10.5, fontweight="bold")
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(soft)
-        axes.tick_params(axis="y", length=0, labelcolor=ink)
-        axes.tick_params(axis="x", color=soft, labelcolor=ink, labelsize=9)
+        style_bars(axes, title, ink, soft)
     axes.set_xlabel(chart.axis, color=ink, fontsize=9.5)
     handles: list[Any] = [Line2D([], [], color=ink, linestyle="--", label="flax BN")]
     if len(series) > 1:

@@ -1,10 +1,11 @@
 """Writes the committed results into the documentation: tables, captions and charts.
 
-``docs/benchmarks.md`` gets those of benchmarks/results, the newest of each device and
-case; ``docs/accuracy.md`` those of the studies in examples/, ``docs/normalizers.md``
-that of all normalizers. What stands between the
-markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced,
-and the rest left alone. ``--check`` writes nothing and fails if a page is out of date.
+``docs/benchmarks.md`` and, of many devices, ``docs/scaling.md`` get those of
+benchmarks/results, the newest of each device and case; ``docs/accuracy.md`` those of
+the studies in examples/, ``docs/normalizers.md`` that of all normalizers. What stands
+between the markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``,
+is replaced, and the rest left alone. ``--check`` writes nothing and fails if a page is
+out of date.
 """
 
 import argparse
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape")
 # What the names of charts begin with, a page each.
-_BENCH, _STUDY, _NORMALIZERS = "bench", "study", "micro-batches"
+_BENCH, _NETWORK = "bench", "network"
+_STUDY, _NORMALIZERS = "study", "micro-batches"
 
 Report = dict[str, Any]
 
@@ -59,23 +61,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     found = studies.read(args.root / "examples")
-    pages = [benchmarks_page(args.root), *study_pages(args.root, found)]
+    pages = [*benchmark_pages(args.root), *study_pages(args.root, found)]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
         print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
     return int(args.check and bool(old))
 
 
-def benchmarks_page(root: Path) -> Page:
-    """Returns the page of times and traffic."""
+def benchmark_pages(root: Path) -> list[Page]:
+    """Returns the pages of the benchmarks: of one device, and of many."""
     reports = newest(read(root / "benchmarks" / "results"))
+    many = [report for report in reports if report["benchmark"] == "scaling"]
+    one = [report for report in reports if report["benchmark"] != "scaling"]
+    kinds = [kind for kind in tables.TABLES if kind != "scaling"]
+    docs = root / "docs"
+    return [
+        benchmark_page(docs / "benchmarks.md", _BENCH, kinds, one),
+        benchmark_page(docs / "scaling.md", _NETWORK, ["scaling"], many),
+    ]
+
+
+def benchmark_page(
+    path: Path, charts: str, kinds: Sequence[str], reports: Sequence[Report]
+) -> Page:
+    """Returns a page of some kinds of benchmarks."""
 
     def draw(folder: Path) -> None:
         for report in reports:
-            plots.draw(report, folder)
+            plots.draw(report, charts, folder)
 
-    sections = {kind: section(kind, reports) for kind in tables.TABLES}
-    return Page(root / "docs" / "benchmarks.md", _BENCH, sections, draw)
+    sections = {kind: section(kind, reports, charts) for kind in kinds}
+    return Page(path, charts, sections, draw)
 
 
 def study_pages(root: Path, found: Sequence[studies.Study]) -> list[Page]:
@@ -151,7 +167,7 @@ def newest(reports: Sequence[Report]) -> list[Report]:
         seen.update(cases)
         if not rows:
             continue
-        stem = re.sub(r"\W+", "-", " ".join((_BENCH, *about))).lower()
+        stem = re.sub(r"\W+", "-", " ".join(about)).lower()
         count[stem] += 1
         if count[stem] > 1:
             stem += f"-{count[stem]}"
@@ -159,13 +175,13 @@ def newest(reports: Sequence[Report]) -> list[Report]:
     return kept
 
 
-def section(kind: str, reports: Sequence[Report]) -> str:
+def section(kind: str, reports: Sequence[Report], prefix: str) -> str:
     """Returns what stands between the markers of a kind of benchmark."""
     chosen = [report for report in reversed(reports) if report["benchmark"] == kind]
     chosen.sort(key=lambda report: report.get("platform") == "cpu")  # those come last
     parts = []
     for report in chosen:
-        charts = images(plots.files(report), report["what"])
+        charts = images(plots.files(report, prefix), report["what"])
         parts += [caption(report), *charts, tables.TABLES[kind](report)]
     return "\n\n".join(parts or ["No results yet."])
 

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 
@@ -59,7 +61,11 @@ class Step(NamedTuple):
 
 
 def training_step(
-    model: str, method: Method, batch_size: int, dtype: str = "bfloat16"
+    model: str,
+    method: Method,
+    batch_size: int,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
 ) -> Step:
     """Returns the training step of a model on images of its usual size.
 
@@ -68,6 +74,8 @@ def training_step(
       method: the normalization.
       batch_size: number of images, virtual rows among them if there are any.
       dtype: of images and computation; the parameters are float32.
+      mesh: devices along the axis ``data``, to each of which ``jax.shard_map`` gives
+        its own rows; None for one program, wherever its arguments lie.
     """
     shape = IMAGE_SHAPES[model]
     num_classes = 1000 if shape[0] > 32 else 10  # ImageNet's, or CIFAR-10's
@@ -84,6 +92,9 @@ def training_step(
     def step(
         state: State, images: jax.Array, labels: jax.Array, key: jax.Array
     ) -> tuple[State, jax.Array]:
+        if mesh is not None:  # each device draws its own positions
+            key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+
         def objective(params: Any) -> tuple[jax.Array, Any]:
             logits, updates = net.apply(
                 {"params": params, "batch_stats": state.batch_stats},
@@ -92,14 +103,19 @@ def training_step(
                 rngs={"sampling": key},
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates.get("batch_stats", {})
+            return _average(losses.mean()), updates.get("batch_stats", {})
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         (loss, batch_stats), grads = gradient(state.params)
         updates, opt_state = optimizer.update(grads, state.optimizer)
         params = optax.apply_updates(state.params, updates)
-        return State(params, batch_stats, opt_state), loss
+        return State(params, jax.tree.map(_average, batch_stats), opt_state), loss
 
+    if mesh is not None:
+        rows = P("data")
+        step = jax.shard_map(
+            step, mesh=mesh, in_specs=(P(), rows, rows, P()), out_specs=P()
+        )
     key = jax.eval_shape(lambda: jax.random.key(0))
     args = (
         jax.eval_shape(init, key),
@@ -108,3 +124,9 @@ def training_step(
         key,
     )
     return Step(jax.jit(step, donate_argnums=0), args)
+
+
+def _average(x: jax.Array) -> jax.Array:
+    """Averages what ``jax.shard_map`` says differs between devices."""
+    axes = tuple(jax.typeof(x).manual_axis_type.varying)
+    return jax.lax.pmean(x, axes) if axes else x

@@ -1,6 +1,6 @@
 """The benchmarks' numbers as Markdown: in the terminal and on the page of results."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 Report = dict[str, Any]
@@ -149,12 +149,8 @@ def traffic_table(report: Report, references: Sequence[str] = ("flax BN",)) -> s
       report: what traffic.py writes.
       references: variants that the figures in parentheses are relative to.
     """
-    cases: dict[str, Rows] = {}
-    for row in report["results"]:
-        case = f"{row['model']} on {row['target']}, batch {row['batch_size']}"
-        cases.setdefault(case, []).append(row)
     parts = []
-    for case, rows in cases.items():
+    for case, rows in _cases(report, "{model} on {target}, batch {batch_size}"):
         given = by_variant(rows)
         columns = [c for c in _TRAFFIC if any(row[c.key] is not None for row in rows)]
         lines = []
@@ -176,6 +172,69 @@ def traffic_table(report: Report, references: Sequence[str] = ("flax BN",)) -> s
     return "\n\n".join(parts)
 
 
+def scaling_table(report: Report, reference: str = "no norm, jit") -> str:
+    """Returns what devices send: a table a target and model, a row a variant.
+
+    Args:
+      report: what scaling.py writes.
+      reference: variant that the figures in parentheses are relative to.
+    """
+    parts = []
+    case_name = "{model} on {target}, {batch_size} images a device"
+    for case, rows in _cases(report, case_name):
+        counts = sorted({row["devices"] for row in rows})
+        by_count = [by_variant(r for r in rows if r["devices"] == n) for n in counts]
+        types = sorted({name for row in rows for name in row["types"] or ()})
+        lines = []
+        for name in variants(rows):
+            given = [found.get(name, {}) for found in by_count]
+            bases = [found.get(reference, {}).get("sent_bytes") for found in by_count]
+            last = given[-1].get("types")
+            lines.append(
+                [
+                    name,
+                    *(_total(row.get("kinds")) for row in given),
+                    *(_megabytes(last and last.get(each, 0)) for each in types),
+                    *(
+                        _megabytes(row.get("sent_bytes"), base)
+                        for row, base in zip(given, bases, strict=True)
+                    ),
+                ]
+            )
+        header = [
+            "variant",
+            *(f"collectives, {count}" for count in counts),
+            *(f"{each}, MB" for each in types),
+            *(f"sent on {count}, MB" for count in counts),
+        ]
+        errors = [
+            f"{row['variant']}, {row['devices']} devices: {row['error']}"
+            for row in rows
+            if row["error"]
+        ]
+        relative = f"{case}; in parentheses relative to {reference}:"
+        parts += [relative, markdown(header, lines, left=1), *errors]
+    return "\n\n".join(parts)
+
+
+def _cases(report: Report, name: str) -> Iterable[tuple[str, Rows]]:
+    """Returns the rows of each case, named by a format of the fields of its rows."""
+    cases: dict[str, Rows] = {}
+    for row in report["results"]:
+        cases.setdefault(name.format(**row), []).append(row)
+    return cases.items()
+
+
+def _total(kinds: dict[str, int] | None) -> str:
+    return number(None if kinds is None else sum(kinds.values()), 0)
+
+
+def _megabytes(value: float | None, base: float | None = None) -> str:
+    """Returns bytes in MB, of 10^6, and relative to others if these are not zero."""
+    text = number(None if value is None else value / 1e6, 1)
+    return text if value is None or not base else f"{text} ({value / base:.3f})"
+
+
 def by_variant(rows: Any) -> dict[str, dict[str, Any]]:
     """Returns rows by their variants."""
     return {row["variant"]: row for row in rows}
@@ -186,4 +245,5 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "block": block_table,
     "train_step": train_step_table,
     "traffic": traffic_table,
+    "scaling": scaling_table,
 }

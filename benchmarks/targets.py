@@ -1,4 +1,4 @@
-"""The devices to compile for, none of which has to be there.
+"""The devices to compile for, one or many, none of which has to be there.
 
 A GPU is described by the figures its driver would report; those here are from the
 target configurations that OpenXLA publishes. libtpu knows its TPUs by name.
@@ -44,6 +44,9 @@ platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 """
 
+_GPUS_IN_HOST = 8
+# By number of TPUs; a single one is of the smallest slice that every generation has.
+_SLICES = {1: "2x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 
 _ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # it would ask the driver
@@ -79,35 +82,51 @@ class Gpu:
     compute_capability: str = "major: 9 feature_extension: ACCELERATED_FEATURES"
     batch_size: int = 256
 
-    def device(self, name: str) -> Any:
-        """Returns a GPU to compile for; raises `MissingCompilerError`."""
-        return _device(
+    def devices(self, name: str, count: int = 1) -> list[Any]:
+        """Returns GPUs to compile for, eight to a host if they are more.
+
+        Raises:
+          MissingCompilerError: if there is no compiler for them.
+          ValueError: if so many do not fill their hosts.
+        """
+        in_host = min(count, _GPUS_IN_HOST)
+        if count % in_host:
+            raise ValueError(f"Expected full hosts of {in_host} GPUs, got {count}.")
+        return _devices(
             name,
             platform="cuda",
             topology_name=name,
             target_config=_GPU_CONFIG.format(**dataclasses.asdict(self)),
-            topology="1x1x1",
+            topology=f"1x{count // in_host}x{in_host}",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A Google TPU; `slice_name` is the smallest slice that libtpu offers."""
+    """A Google TPU, in slices of the sizes of ``_SLICES``."""
 
-    slice_name: str
     batch_size: int = 128
 
-    def device(self, name: str) -> Any:
-        """Returns a TPU to compile for; raises `MissingCompilerError`."""
-        return _device(name, platform="tpu", topology_name=self.slice_name)
+    def devices(self, name: str, count: int = 1) -> list[Any]:
+        """Returns TPUs to compile for.
+
+        Raises:
+          MissingCompilerError: if there is no compiler for them.
+          ValueError: if there is no slice of so many.
+        """
+        if count not in _SLICES:
+            sizes = ", ".join(map(str, _SLICES))
+            raise ValueError(f"Expected a slice of {sizes} TPUs, got {count}.")
+        slice_name = f"{name}:{_SLICES[count]}"
+        return _devices(name, platform="tpu", topology_name=slice_name)[:count]
 
 
-def _device(name: str, **topology: Any) -> Any:
+def _devices(name: str, **topology: Any) -> list[Any]:
     try:
-        return topologies.get_topology_desc(**topology).devices[0]
+        return topologies.get_topology_desc(**topology).devices
     except RuntimeError as error:
         raise MissingCompilerError(
-            f"No compiler for {name}: {error}\n`make traffic` installs and runs all."
+            f"No compiler for {name}: {error}\n`make traffic` installs them."
         ) from error
 
 
@@ -133,6 +152,6 @@ TARGETS: dict[str, Gpu | Tpu] = {
         l2_cache_size=132644864,
         compute_capability="major: 10 feature_extension: ACCELERATED_FEATURES",
     ),
-    "v5e": Tpu("v5e:2x2"),
-    "v6e": Tpu("v6e:2x2"),
+    "v5e": Tpu(),
+    "v6e": Tpu(),
 }

@@ -11,43 +11,32 @@ Prints tables and writes JSON, anew after each step.
 import argparse
 import dataclasses
 import itertools
-import os
 import sys
-from collections.abc import Iterable, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
+import compiling
 import tables
 import targets
 import timing
 from explain import explain
 from kernels import Kernel, kernels
-from measuring import check_positive, describe_device
-from models import IMAGE_SHAPES
-from step import VARIANTS, training_step
+from measuring import check_positive
+from step import VARIANTS, Step, training_step
 from targets import TARGETS, MissingCompilerError
 
 _DEFAULT = ("flax BN", "BS 8 folded", "FS 1/64 folded", "no norm")
-_COMPILERS = ("jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu")
 
 
-@dataclasses.dataclass
-class Result:
-    """One training step, compiled for one target.
+@dataclasses.dataclass(kw_only=True)
+class Result(compiling.Result):
+    """The traffic of one training step.
 
     Attributes:
       traffic_bytes: moved to and from HBM by all kernels, see `kernels`.
@@ -55,21 +44,13 @@ class Result:
       temp_bytes: temporary memory: all but arguments and results.
       kernels: launches of kernels, copies among them.
       bytes_accessed: XLA's own count, memory on the chip included; TPUs only.
-      compile_seconds: CPU time to trace and compile, of all threads.
-      error: why there are no figures.
     """
 
-    target: str
-    model: str
-    batch_size: int
-    variant: str
     traffic_bytes: int | None = None
     outside_bytes: int | None = None
     temp_bytes: int | None = None
     kernels: int | None = None
     bytes_accessed: int | None = None
-    compile_seconds: float | None = None
-    error: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets.look_for_no_devices()
     args = parse(argv)
     try:
-        devices = {name: TARGETS[name].device(name) for name in args.target}
+        devices = {name: TARGETS[name].devices(name)[0] for name in args.target}
     except MissingCompilerError as error:
         timing.say(str(error))
         return 1
@@ -86,17 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {
         "benchmark": "traffic",
         "what": "HBM traffic of one SGD-momentum training step, as compiled",
-        **describe(),
+        **compiling.describe(),
         "dtype": args.dtype,
     }
     for target, model in itertools.product(args.target, args.model):
         batch_size = args.batch_size or TARGETS[target].batch_size
         largest = {}
-        with progress_bar() as bar:
+        with compiling.progress_bar() as bar:
             task = bar.add_task("", total=len(args.variant))
             for variant in args.variant:
                 bar.update(task, description=f"{target}, {model}: {variant}")
-                result = Result(target, model, batch_size, variant)
+                result = Result(
+                    target=target, model=model, batch_size=batch_size, variant=variant
+                )
                 largest[variant] = measure(result, devices[target], args.dtype)
                 results.append(result)
                 report["results"] = [dataclasses.asdict(each) for each in results]
@@ -121,29 +104,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def add_names(option: str, choices: Iterable[str], default: Iterable[str]) -> None:
-        parser.add_argument(
-            option,
-            nargs="+",
-            choices=tuple(choices),
-            default=list(default),
-            metavar="NAME",
-            help=f"any of {', '.join(choices)} (default: {', '.join(default)})",
-        )
-
-    add_names("--target", TARGETS, ("h200", "v5e"))
-    add_names("--model", IMAGE_SHAPES, ("resnet50",))
-    add_names("--variant", VARIANTS, _DEFAULT)
+    compiling.add_arguments(
+        parser, targets=("h200", "v5e"), variants=VARIANTS, default=_DEFAULT
+    )
     sizes = ", ".join(f"{name} {TARGETS[name].batch_size}" for name in TARGETS)
     parser.add_argument(
         "--batch-size", type=int, metavar="N", help=f"images (default: {sizes})"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        default="bfloat16",
-        help="of the computation (default: %(default)s)",
     )
     parser.add_argument(
         "--explain",
@@ -154,12 +120,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="also list the N largest kernels, and the N most frequent kinds "
         "(without N: %(const)s)",
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="new file for the numbers (default: one in benchmarks/results)",
-    )
     args = parser.parse_args(argv)
     check_positive(parser, args, "batch_size", "explain")
     args.json = timing.new_path(parser, args.json, "traffic")
@@ -168,20 +128,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure(result: Result, device: Any, dtype: str) -> list[Kernel]:
     """Compiles a step for a device, fills in the result, and returns the kernels."""
-    method = VARIANTS[result.variant]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    begin = _cpu_seconds()
-    step = training_step(result.model, method, result.batch_size, dtype)
-    args = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        step.args,
-    )
-    try:
-        compiled = step.function.lower(*args).compile()
-    except jax.errors.JaxRuntimeError as error:  # too large for the device's memory
-        result.error = str(error).partition("\n")[0]
+
+    def step() -> Step:
+        method = VARIANTS[result.variant]
+        function, args = training_step(result.model, method, result.batch_size, dtype)
+        return Step(function, jax.tree.map(lambda x: x.update(sharding=sharding), args))
+
+    compiled = result.compile(step)
+    if compiled is None:
         return []
-    result.compile_seconds = _cpu_seconds() - begin
     found = kernels(compiled.as_text())
     result.traffic_bytes = sum(kernel.traffic for kernel in found)
     result.outside_bytes = sum(k.traffic for k in found if k.kind != "convolution")
@@ -190,36 +146,6 @@ def measure(result: Result, device: Any, dtype: str) -> list[Kernel]:
     if cost := compiled.cost_analysis():  # GPUs give none
         result.bytes_accessed = int(cost["bytes accessed"])
     return found
-
-
-def _cpu_seconds() -> float:
-    """CPU time of this process and of compilers that it has started."""
-    return sum(os.times()[:4])
-
-
-def describe() -> dict[str, Any]:
-    """Returns versions, the machine that compiles, and the date."""
-    description = describe_device()
-    for key in ("device", "platform", "runtime"):
-        del description[key]
-    description["versions"] |= {
-        package.name: package.version
-        for package in metadata.distributions()
-        if package.name in _COMPILERS
-    }
-    return description
-
-
-def progress_bar() -> Progress:
-    """Returns the bar of one target and model, apart from the results."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-        transient=True,
-    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def moved(entry: str, computations: str = "") -> tuple[int, int]:
     ],
 )
 def test_bytes_of_types(dtype, nbytes) -> None:
-    assert Array(dtype, 6).nbytes() == nbytes
+    assert Array(dtype, (2, 3)).nbytes() == nbytes
 
 
 def test_a_kernel_reads_operands_and_writes_results() -> None:

@@ -52,12 +52,15 @@ def results(date: str, *rows: dict) -> dict:
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A page without numbers, and results of two days."""
-    markers = "".join(
-        f"<!-- begin: {kind} -->\n<!-- end -->\n" for kind in tables.TABLES
-    )
+    markers = {
+        kind: f"<!-- begin: {kind} -->\n<!-- end -->\n" for kind in tables.TABLES
+    }
     results_of, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
     (docs / "_static").mkdir(parents=True)
-    (docs / "benchmarks.md").write_text(f"# Mine\n{markers}The end.\n")
+    (docs / "scaling.md").write_text(markers.pop("scaling"))
+    (docs / "benchmarks.md").write_text(
+        f"# Mine\n{''.join(markers.values())}The end.\n"
+    )
     (docs / "accuracy.md").write_text(
         "# Mine\n<!-- begin: ratio-short -->\n<!-- end -->\n"
     )
