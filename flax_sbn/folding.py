@@ -384,7 +384,8 @@ def _linear_norm(
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
-    kernel, scale, bias = varying_like(x, (kernel, scale, bias))
+    scale, bias = varying_like(x, (scale, bias))
+    kernel = varying_like(x, kernel, x.dtype)  # as unfolded layers send its gradient
     narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])

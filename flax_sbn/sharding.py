@@ -1,12 +1,13 @@
 """Arrays whose type says how they are laid out over devices, or vary between them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 
 def laid_out_by_xla(
@@ -39,17 +40,41 @@ def laid_out_by_xla(
     )(x, *args)
 
 
-def varying_like(x: jax.Array, tree: Any) -> Any:
+def varying_like(x: jax.Array, tree: Any, dtype: DTypeLike | None = None) -> Any:
     """Returns arrays that count as others on every device on which ``x`` is another.
 
     Under ``shard_map`` the gradients of all their uses are then added up on each device
     first, and once over the devices.
+
+    Args:
+      x: the array whose type tells the devices.
+      tree: of arrays.
+      dtype: in which gradients are sent to be added up; None for the arrays' own.
     """
     there = jax.typeof(x).manual_axis_type.varying
 
     def varying(array: ArrayLike) -> jax.Array:
         array = jnp.asarray(array)
-        axes = there - jax.typeof(array).manual_axis_type.varying
-        return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+        axes = tuple(there - jax.typeof(array).manual_axis_type.varying)
+        return _vary(array, axes, dtype or array.dtype) if axes else array
 
     return jax.tree.map(varying, tree)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _vary(array: jax.Array, axes: tuple[str, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.lax.pcast(array, axes, to="varying")
+
+
+@_vary.defjvp
+def _vary_jvp(
+    axes: tuple[str, ...],
+    dtype: DTypeLike,
+    primals: tuple[jax.Array],
+    tangents: tuple[jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    # The transpose of the tangent's way is that of the gradient, which is added up
+    # where the tangent becomes varying.
+    (array,), (tangent,) = primals, tangents
+    narrow = jax.lax.pcast(tangent.astype(dtype), axes, to="varying")
+    return _vary(array, axes, dtype), narrow.astype(tangent.dtype)

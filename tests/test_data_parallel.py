@@ -2,9 +2,11 @@
 
 import functools
 import math
+import operator
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -167,3 +169,32 @@ def test_a_batch_on_many_devices_sends_sums_only(name, folded, way):
     parts = {"all": 0, "FS+VDN": 2}.get(name, 1)
     # XLA adds up the gradients of a folded kernel and of each part's one by one.
     assert_sums_of_features(found, 1 + parts, times=1 + parts * folded)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folded_kernels_gradient_is_sent_in_the_computations_dtype(dtype):
+    """Its value is that of one device; what is sent is that of a layer not folded."""
+    kernel = cases.inputs((3, 3, 3, 4), seed=1)
+    x = cases.inputs(SHAPE).astype(dtype)
+
+    def loss(kernel, x):
+        sampler = sbn.FeatureSampling(1 / 4, groups=1)
+        y, _ = sbn.conv_norm(x, kernel, sampler=sampler, key=KEY, dtype=dtype)
+        return (y.astype("float32") ** 3).mean()
+
+    def shard(kernel, x):
+        return jax.grad(lambda *args: jax.lax.pmean(loss(*args), "data"))(kernel, x)
+
+    step = jax.jit(
+        jax.shard_map(shard, mesh=mesh(), in_specs=(P(), P("data")), out_specs=P())
+    )
+    lowered = step.lower(kernel, x).as_text()
+    sums = re.findall(r"stablehlo\.all_reduce.*?-> tensor<(.*?)>", lowered, re.DOTALL)
+    assert [kind for kind in sums if kind.startswith("3x3")] == [
+        {"float32": "3x3x3x4xf32", "bfloat16": "3x3x3x4xbf16"}[dtype]
+    ]
+    rows = SHAPE[0] // SHARDS
+    alone = [jax.grad(loss)(kernel, x[i : i + rows]) for i in range(0, len(x), rows)]
+    expected = functools.reduce(operator.add, alone) / SHARDS
+    difference = jnp.abs(step(kernel, x) - expected).max() / jnp.abs(expected).max()
+    assert difference < {"float32": 1e-6, "bfloat16": 2e-2}[dtype]
