@@ -7,17 +7,13 @@ to --out. The same command goes on where an earlier one ended, however it ended.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
 
 import flax_sbn as sbn
@@ -26,13 +22,11 @@ import processes
 from checkpoints import CheckpointError, Checkpoints
 from comparison import new_folder
 from data import DataError
-from learning import Learner, Model, Task, Totals
-from logs import Log
 from measuring import check_positive
-from networks import Settings, Variables
-from optimizers import learning_rate
+from networks import Settings
 from options import COUNTS, add_settings, settings_of
-from pipeline import MEAN, STD, Batch, DiskInput, FakeInput, Input, find
+from pipeline import DiskInput, FakeInput, Input, find
+from resumable import DivergedError, Training
 
 _DEFAULT = Settings(
     model="resnet50",
@@ -43,10 +37,6 @@ _DEFAULT = Settings(
     label_smoothing=0.1,
     dtype="bfloat16",
 )
-
-
-class DivergedError(Exception):
-    """Parameters are not finite any more."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -147,180 +137,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class State(NamedTuple):
-    """All that a training is, on every device."""
-
-    model: Model
-    key: jax.Array
-    step: jax.Array  # number of those done
-    skipped: jax.Array  # images that could not be read so far
-
-
-class Training:
-    """A training that may end and go on at any step."""
-
-    def __init__(self, args: argparse.Namespace, console: Console) -> None:
-        """Checks that all fits together, without computing anything.
-
-        Raises:
-          DataError: if there are no images, ...
-          ValueError: if the settings do not fit each other.
-        """
-        self.args, self.console = args, console
-        settings = settings_of(args)
-        method = methods.parse(args.norm)
-        method = method.fold() if args.fold else method
-        if method.copies > 1:
-            raise ValueError(
-                "Expected a norm without batch augmentation, which train.py has, got "
-                f"{args.norm!r}."
-            )
-        self.mesh = processes.make_mesh(args.devices)
-        self.input = make_input(args)
-        self.epoch = self.input.num_images // settings.batch_size  # in steps
-        if not self.epoch:
-            raise ValueError(
-                f"Expected at most the {self.input.num_images} training images in a "
-                f"batch, got batch_size={settings.batch_size}."
-            )
-        shape = (args.image_size, args.image_size, 3)
-        task = Task(shape, self.input.num_classes, MEAN, STD)
-        self.learner = Learner(settings, method, task, self.epoch, self.mesh)
-        self.rate = learning_rate(settings, method, self.epoch)
-        self.last = min(settings.epochs * self.epoch, args.max_steps or sys.maxsize)
-        jit = functools.partial(jax.jit, out_shardings=processes.everywhere(self.mesh))
-        self._init = jit(self._initial)
-        self._step = jit(self._next, donate_argnums=0)
-        self._count = jit(self._correct)
-        self._finite = jit(_all_finite)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What a training must have in common with one that it continues."""
-        return {
-            **dataclasses.asdict(self.learner.settings),
-            **{name: vars(self.args)[name] for name in ("norm", "fold", "seed")},
-            "image_size": self.args.image_size,
-            "unreadable": self.args.unreadable,
-            "train_images": self.input.num_images,
-            "num_classes": self.input.num_classes,
-            "flax_sbn": sbn.__version__,
-        }
-
-    def run(self, folder: Path, checkpoints: Checkpoints) -> int:
-        """Trains from the newest checkpoint on; returns the exit status.
-
-        Raises:
-          CheckpointError: if there are checkpoints that cannot be used.
-          DataError: if an image cannot be read.
-          DivergedError: if parameters become infinite or NaN; the checkpoints are those
-            from before.
-        """
-        state = self._init(jax.random.key(self.args.seed), self._placeholder())
-        state = checkpoints.restore(state) or state
-        begin = int(state.step)
-        if begin:
-            self.console.print(f"Goes on after step {begin:,} of {self.last:,}.")
-        steps = range(begin + 1, self.last + 1)
-        batches = self.input.train(begin) if steps else ()
-        with processes.Stop() as stop, self._log(folder, steps) as log:
-            for step, batch in zip(steps, batches, strict=False):
-                state, totals = self._step(state, *self._on_devices(batch))
-                log.add(step, totals)
-                top1, last = None, step == self.last
-                if last or step % self.epoch == 0:
-                    top1 = self._evaluate(state, step, log)
-                ending = stop.asked(step)
-                due = last or step % self.args.checkpoint_every == 0
-                if due or ending or top1 is not None:
-                    log.flush()
-                    self._check(state, step)
-                    checkpoints.save(step, state, top1)
-                if ending:
-                    break
-            checkpoints.wait()
-        if skipped := int(state.skipped):
-            self.console.print(f"{skipped:,} times an image could not be read.")
-        if stop.signal is None:
-            return 0
-        self.console.print("Stopped; the same command goes on.")
-        return 130 if stop.signal == signal.SIGINT else 0
-
-    def _log(self, folder: Path, steps: range) -> Log:
-        return Log(
-            folder,
-            self.console,
-            self.args.norm,
-            steps=steps,
-            epoch=self.epoch,
-            batch_size=self.learner.settings.batch_size,
-            every=self.args.log_every,
-            learning_rate=self.rate,
-        )
-
-    def _check(self, state: State, step: int) -> None:
-        if not self._finite(state.model):
-            raise DivergedError(
-                f"The parameters are not finite after step {step:,}. The checkpoints "
-                "are from before. Lower the learning rate, or train in float32."
-            )
-
-    def _initial(self, key: jax.Array, images: jax.Array) -> State:
-        key, init_key = jax.random.split(key)
-        zero = jnp.zeros((), jnp.int32)
-        return State(self.learner.init(init_key, images), key, zero, zero)
-
-    def _placeholder(self) -> Any:
-        """Returns the images that methods start from which start from data."""
-        if self.learner.method.starts_from_data:
-            return self._on_devices(next(self.input.train(0)))[0]
-        return ()
-
-    def _next(
-        self,
-        state: State,
-        images: jax.Array,
-        labels: jax.Array,
-        skipped: jax.Array,
-    ) -> tuple[State, Totals]:
-        keys = jax.random.split(jax.random.fold_in(state.key, state.step))
-        model, totals = self.learner.update(state.model, images, labels, *keys)
-        skipped = state.skipped + skipped.sum()
-        return State(model, state.key, state.step + 1, skipped), totals
-
-    def _correct(
-        self, variables: Variables, images: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        """Returns how many labels are first, among the first five, and there at all."""
-        logits = self.learner.evaluate(variables, images)
-        _, order = jax.lax.top_k(logits, min(5, logits.shape[-1]))
-        hits = order == labels[:, None]
-        return jnp.stack([hits[:, 0].sum(), hits.sum(), (labels >= 0).sum()])
-
-    def _evaluate(self, state: State, step: int, log: "Log") -> float | None:
-        """Returns the accuracy, or None where there are no images to evaluate."""
-        counts = np.zeros(3, int)
-        for batch in self.input.test():
-            counts += self._count(state.model.variables, *self._on_devices(batch))
-        first, five, images = counts
-        if not images:
-            return None
-        log.write(step, {"test/top1": first / images, "test/top5": five / images})
-        self.console.print(
-            f"epoch {step / self.epoch:.4g}: top-1 {first / images:.2%}, top-5 "
-            f"{five / images:.2%} of {images:,} images"
-        )
-        return float(first / images)
-
-    def _on_devices(self, batch: Batch) -> list[jax.Array]:
-        """Returns this process's part of a batch as part of an array over all."""
-        rows = processes.by_rows(self.mesh)
-        return [
-            jax.make_array_from_process_local_data(rows, array)
-            for array in batch.values()
-        ]
-
-
 def make_input(args: argparse.Namespace) -> Input:
     """Returns what reads the images, or makes them up."""
     if args.fake_data:
@@ -352,9 +168,28 @@ def open_folder(args: argparse.Namespace) -> Path:
     return args.out
 
 
-def _all_finite(tree: Any) -> jax.Array:
-    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+def make_training(args: argparse.Namespace) -> Training:
+    """Returns the training, all of whose settings fit each other."""
+    method = methods.parse(args.norm)
+    return Training(
+        settings_of(args),
+        method.fold() if args.fold else method,
+        make_input(args),
+        processes.make_mesh(args.devices),
+        max_steps=args.max_steps,
+    )
+
+
+def to_continue(args: argparse.Namespace, training: Training) -> dict[str, Any]:
+    """Returns what a training must have in common with one that it continues."""
+    names = ("norm", "fold", "seed", "image_size", "unreadable")
+    return {
+        **dataclasses.asdict(training.learner.settings),
+        **{name: vars(args)[name] for name in names},
+        "train_images": training.input.num_images,
+        "num_classes": training.input.num_classes,
+        "flax_sbn": sbn.__version__,
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -363,24 +198,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(quiet=not processes.is_first())
     problem, folder = None, args.out
     try:
-        training = Training(args, console)
+        training = make_training(args)
         if processes.is_first():
             folder = open_folder(args)
     except (DataError, ValueError, FileExistsError) as error:
         problem = str(error)
-    settings = {k: v for k, v in vars(args).items() if k != "distributed"}
-    if problem := processes.agree(settings, problem):
+    if problem := processes.agree(args, problem):
         return fail(problem, 2)
     console.print(f"Logs and checkpoints: {folder}")
+    settings = to_continue(args, training)
     with contextlib.closing(
-        Checkpoints(folder / "checkpoints", training.settings, args.keep)
+        Checkpoints(folder / "checkpoints", settings, args.keep)
     ) as checkpoints:
         try:
-            return training.run(folder, checkpoints)
+            ended_by = training.run(
+                args.seed,
+                folder,
+                checkpoints,
+                console,
+                checkpoint_every=args.checkpoint_every,
+                log_every=args.log_every,
+            )
         except (CheckpointError, DataError) as error:
             return fail(str(error), 2)
         except DivergedError as error:
             return fail(str(error), 1)
+    if ended_by is None:
+        return 0
+    console.print("Stopped; the same command goes on.")
+    return 130 if ended_by == signal.SIGINT else 0
 
 
 def fail(message: str, status: int) -> int:

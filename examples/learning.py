@@ -88,7 +88,7 @@ class Learner:
                 f"({devices} x {settings.accumulate}), got "
                 f"batch_size={settings.batch_size}."
             )
-        micro_batch = settings.batch_size // settings.accumulate
+        micro_batch = settings.micro_batch_size
         self.rows = settings.rows or micro_batch
         if micro_batch % self.rows:
             raise ValueError(

@@ -4,7 +4,7 @@ import collections
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.console import Console
@@ -15,6 +15,14 @@ from learning import Totals
 from progress import progress_bar
 
 _AHEAD = 2  # steps that are given to the devices before the first of them has ended
+
+
+class Accuracy(NamedTuple):
+    """Shares of so many images whose label comes first, or among the first five."""
+
+    top1: float
+    top5: float
+    images: int
 
 
 class Log:
@@ -48,7 +56,7 @@ class Log:
         self.learning_rate = learning_rate
         self._writer = Writer(str(folder)) if processes.is_first() else None
         self._pending: collections.deque[tuple[int, Totals]] = collections.deque()
-        self._bar = progress_bar(console)
+        self._console, self._bar = console, progress_bar(console)
         self._task = self._bar.add_task(
             title, numbers="compiling", total=steps.stop - 1, completed=steps.start - 1
         )
@@ -78,11 +86,18 @@ class Log:
         if self._writer:
             self._writer.flush()
 
-    def write(self, step: int, numbers: dict[str, Any]) -> None:
-        """Writes numbers by name."""
+    def evaluated(self, step: int, accuracy: Accuracy) -> None:
+        """Takes what an evaluation gives."""
+        self._write(step, "test", {"top1": accuracy.top1, "top5": accuracy.top5})
+        self._console.print(
+            f"epoch {step / self.epoch:.4g}: top-1 {accuracy.top1:.2%}, top-5 "
+            f"{accuracy.top5:.2%} of {accuracy.images:,} images"
+        )
+
+    def _write(self, step: int, group: str, numbers: dict[str, Any]) -> None:
         if self._writer:
             for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+                self._writer.add_scalar(f"{group}/{name}", value, step)
 
     def _enter(self, step: int, totals: Totals) -> None:
         jax.block_until_ready(totals)
@@ -98,7 +113,7 @@ class Log:
             "learning_rate": self.learning_rate(step - 1),
             "images_per_second": speed,
         }
-        self.write(step, {f"train/{name}": value for name, value in numbers.items()})
+        self._write(step, "train", numbers)
         self._bar.update(
             self._task,
             completed=step,

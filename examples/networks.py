@@ -58,6 +58,11 @@ class Settings:
     augment: bool = False
     fresh_virtual: bool = False
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Images that are in memory together."""
+        return self.batch_size // self.accumulate
+
 
 class Variables(NamedTuple):
     """What a network consists of.

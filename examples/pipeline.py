@@ -241,10 +241,14 @@ class Input(Protocol):
     def num_classes(self) -> int:
         """Returns how many classes they have."""
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Returns ``(H, W, C)`` of an image."""
+
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns batches without end, from the one of this number on."""
 
-    def test(self) -> Iterator[Batch]:
+    def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns all images once; the label of padding is negative."""
 
 
@@ -255,7 +259,7 @@ class DiskInput:
     Attributes:
       splits: the images.
       size: side of the crops, in pixels.
-      batch_size: of all processes together.
+      batch_size: in training, of all processes together.
       seed: of order, crops and flips.
       threads: that read and decode.
       skip: whether images that cannot be read are left out, instead of being an error.
@@ -278,27 +282,35 @@ class DiskInput:
         """Number of classes."""
         return self.splits.num_classes
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.size, self.size, 3
+
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns batches without end, from the one of this number on."""
         numbers = grain.MapDataset.range(self.num_images).seed(self.seed)
         reader = self._reader(self.splits.train)
         crops = numbers.shuffle().repeat().random_map(reader.random_crop)
-        batches = iter(self._batches(crops))
+        batches = iter(self._batches(crops, self.batch_size))
         grain.experimental.set_next_index(batches, begin)
         return batches
 
-    def test(self) -> Iterator[Batch]:
+    def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns all images once; the label of padding is negative."""
         count = len(self.splits.test)
-        numbers = grain.MapDataset.range(count + -count % self.batch_size)
-        return iter(self._batches(numbers.map(self._reader(self.splits.test).center)))
+        numbers = grain.MapDataset.range(count + -count % batch_size)
+        centers = numbers.map(self._reader(self.splits.test).center)
+        return iter(self._batches(centers, batch_size))
 
     def _reader(self, source: Source) -> _Reader:
         return _Reader(source, self.size, self.num_classes, self.skip)
 
-    def _batches(self, images: grain.MapDataset[Any]) -> grain.IterDataset[Batch]:
+    def _batches(
+        self, images: grain.MapDataset[Any], batch_size: int
+    ) -> grain.IterDataset[Batch]:
         count = jax.process_count()
-        size = self.batch_size // count
+        size = batch_size // count
         options = grain.ReadOptions(self.threads, prefetch_buffer_size=2 * size)
         part = images[jax.process_index() :: count]
         return part.to_iter_dataset(options).batch(size)
@@ -320,19 +332,24 @@ class FakeInput:
     num_classes: int
     num_images: int = 1_281_167
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.size, self.size, 3
+
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns the batch, without end."""
         rows = self.batch_size // jax.process_count()
-        rng, shape = np.random.default_rng(0), (rows, self.size, self.size, 3)
+        rng = np.random.default_rng(0)
         return itertools.repeat(
             {
-                "image": rng.integers(256, size=shape, dtype=np.uint8),
+                "image": rng.integers(256, size=(rows, *self.shape), dtype=np.uint8),
                 "label": rng.integers(self.num_classes, size=rows, dtype=np.int32),
                 "skipped": np.zeros(rows, np.int32),
             }
         )
 
-    def test(self) -> Iterator[Batch]:
+    def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns nothing."""
         return iter(())
 

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+_OWN = {"distributed", "data", "data_dir", "threads"}  # may be another in each process
 AXIS = "data"  # of the mesh, along which the rows of a batch are divided
 
 
@@ -61,13 +62,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def agree(settings: dict[str, Any], problem: str | None) -> str | None:
+def agree(args: argparse.Namespace, problem: str | None) -> str | None:
     """Returns why not all processes can begin, the same in all of them, or None.
 
     Args:
-      settings: what they should have been started with alike.
+      args: what they should have been started with alike, but for what is their own.
       problem: why this one cannot begin.
     """
+    settings = {name: v for name, v in vars(args).items() if name not in _OWN}
     own = json.dumps({"problem": problem, "settings": settings}, default=str)
     text = np.frombuffer(own.encode(), np.uint8)
     lengths = _gather(np.array([text.size]))

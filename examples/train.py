@@ -130,8 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dataset, trainers, folder = prepare(args)
     except (DataError, ValueError, FileExistsError) as error:
         problem = str(error)
-    settings = {k: v for k, v in vars(args).items() if k != "distributed"}
-    if problem := processes.agree(settings, problem):
+    if problem := processes.agree(args, problem):
         print(f"train.py: {problem}", file=sys.stderr)
         return 2
 

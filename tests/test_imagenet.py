@@ -18,6 +18,7 @@ import pytest
 import imagenet
 import logs
 import pipeline
+import resumable
 from tests import pictures
 
 STEPS = 9  # three epochs
@@ -196,8 +197,7 @@ def test_parameters_that_are_not_finite_are_never_saved(
     images, tmp_path, capsys, monkeypatch
 ) -> None:
     assert train(images, tmp_path, "--max-steps", "2") == 0
-    poisoned = imagenet.MEAN * np.nan
-    monkeypatch.setattr(imagenet, "MEAN", poisoned)
+    monkeypatch.setattr(resumable, "MEAN", resumable.MEAN * np.nan)
     assert train(images, tmp_path) == 1
     assert "not finite after step 3" in capsys.readouterr().err
     assert steps_kept(tmp_path) == [2]
@@ -294,7 +294,7 @@ def test_a_convolutional_network_learns_in_half_precision(images, tmp_path) -> N
 
 def test_hits_are_counted_among_the_first_five() -> None:
     argv = ["--fake-data", "--num-classes", "10", *SMALL]
-    training = imagenet.Training(imagenet.parse(argv), imagenet.Console(quiet=True))
+    training = imagenet.make_training(imagenet.parse(argv))
     logits = np.random.default_rng(0).normal(size=(64, 10))
     labels = np.arange(64) % 11 - 1
     training.learner.evaluate = lambda variables, images: jnp.asarray(logits)

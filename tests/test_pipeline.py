@@ -109,7 +109,7 @@ def test_records_are_read_as_files_are(folder, packed) -> None:
     of_records = make(packed, num_classes=3)
     assert of_records.num_images == pictures.TRAIN
     assert_same_batches(taken(of_records.train(3), 2), taken(make(folder).train(3), 2))
-    assert_same_batches([*of_records.test()], [*make(folder).test()])
+    assert_same_batches([*of_records.test(8)], [*make(folder).test(8)])
 
 
 def test_older_names_of_features_are_known(folder, tmp_path) -> None:
@@ -135,7 +135,7 @@ def test_processes_share_each_batch(folder, monkeypatch) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     for process in range(2):
         monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-        parts.append((taken(make(folder).train(2), 3), [*make(folder).test()]))
+        parts.append((taken(make(folder).train(2), 3), [*make(folder).test(8)]))
     for number, batch in enumerate(whole):
         images = np.stack([parts[p][0][number]["image"] for p in range(2)], 1)
         np.testing.assert_array_equal(images.reshape(8, 8, 8, 3), batch["image"])
@@ -145,7 +145,7 @@ def test_processes_share_each_batch(folder, monkeypatch) -> None:
 
 
 def test_the_last_batch_of_a_test_is_padded(folder) -> None:
-    batches = [*make(folder).test()]
+    batches = [*make(folder).test(8)]
     assert [len(batch["label"]) for batch in batches] == [8, 8, 8]
     assert (batches[-1]["label"] < 0).tolist() == [False] * 5 + [True] * 3
     assert not batches[-1]["image"][5:].any()
@@ -282,4 +282,4 @@ def test_noise_is_always_the_same() -> None:
     assert_same_batches(first, second)
     assert first[0]["image"].shape == (16, 8, 8, 3)
     assert first[0]["label"].max() < 5
-    assert not [*fake.test()]
+    assert not [*fake.test(8)]

@@ -1,5 +1,6 @@
 """Training on several devices and in several processes, and what they agree on."""
 
+import argparse
 import json
 import os
 import shutil
@@ -120,8 +121,8 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
 
 
 def test_one_process_agrees_with_itself() -> None:
-    assert processes.agree({"epochs": 3}, None) is None
-    assert processes.agree({"epochs": 3}, "no folder") == "no folder"
+    assert processes.agree(argparse.Namespace(epochs=3), None) is None
+    assert processes.agree(argparse.Namespace(epochs=3), "no folder") == "no folder"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_what_processes_do_not_agree_on_is_named(monkeypatch, others, message) -
         return np.stack([array, row])
 
     monkeypatch.setattr(processes, "_gather", gather)
-    assert message in processes.agree({"epochs": 3}, None)
+    assert message in processes.agree(argparse.Namespace(epochs=3), None)
 
 
 def run(script, *argv, devices, count=1):
