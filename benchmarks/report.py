@@ -1,10 +1,10 @@
 """Writes the committed results into the documentation: tables, captions and charts.
 
-``docs/benchmarks.md`` gets those of benchmarks/results, the newest of each device and
-case; ``docs/accuracy.md`` those of the studies in examples/, ``docs/normalizers.md``
-that of all normalizers. What stands between the
-markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced,
-and the rest left alone. ``--check`` writes nothing and fails if a page is out of date.
+``docs/benchmarks.md`` and ``docs/reliability.md`` get those of benchmarks/results, the
+newest of each device and case; ``docs/accuracy.md`` those of the studies in examples/,
+``docs/normalizers.md`` that of all normalizers. What stands between the markers of a
+page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest
+left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import curves
 import plots
+import reliability_tables
 import studies
 import tables
 
@@ -28,6 +29,7 @@ _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape")
 # What the names of charts begin with, a page each.
 _BENCH, _STUDY, _NORMALIZERS = "bench", "study", "micro-batches"
+_RELIABILITY = "reliability"
 
 Report = dict[str, Any]
 
@@ -59,23 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     found = studies.read(args.root / "examples")
-    pages = [benchmarks_page(args.root), *study_pages(args.root, found)]
+    pages = [*result_pages(args.root), *study_pages(args.root, found)]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
         print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
     return int(args.check and bool(old))
 
 
-def benchmarks_page(root: Path) -> Page:
-    """Returns the page of times and traffic."""
+def result_pages(root: Path) -> list[Page]:
+    """Returns the pages of benchmarks/results: of times and traffic, of reliability."""
     reports = newest(read(root / "benchmarks" / "results"))
 
     def draw(folder: Path) -> None:
         for report in reports:
             plots.draw(report, folder)
 
-    sections = {kind: section(kind, reports) for kind in tables.TABLES}
-    return Page(root / "docs" / "benchmarks.md", _BENCH, sections, draw)
+    speed = {
+        kind: section(kind, table, reports) for kind, table in tables.TABLES.items()
+    }
+    reliability = {
+        name: section(kind, table, reports)
+        for name, (kind, table) in reliability_tables.TABLES.items()
+    }
+    docs = root / "docs"
+    return [
+        Page(docs / "benchmarks.md", _BENCH, speed, draw),
+        Page(docs / "reliability.md", _RELIABILITY, reliability, lambda folder: None),
+    ]
 
 
 def study_pages(root: Path, found: Sequence[studies.Study]) -> list[Page]:
@@ -159,14 +171,16 @@ def newest(reports: Sequence[Report]) -> list[Report]:
     return kept
 
 
-def section(kind: str, reports: Sequence[Report]) -> str:
-    """Returns what stands between the markers of a kind of benchmark."""
+def section(
+    kind: str, table: Callable[[Report], str], reports: Sequence[Report]
+) -> str:
+    """Returns what stands between two markers: tables of a kind of benchmark."""
     chosen = [report for report in reversed(reports) if report["benchmark"] == kind]
     chosen.sort(key=lambda report: report.get("platform") == "cpu")  # those come last
     parts = []
     for report in chosen:
         charts = images(plots.files(report), report["what"])
-        parts += [caption(report), *charts, tables.TABLES[kind](report)]
+        parts += [caption(report), *charts, table(report)]
     return "\n\n".join(parts or ["No results yet."])
 
 
@@ -177,9 +191,10 @@ def caption(report: Report) -> str:
     else:
         targets = dict.fromkeys(row["target"] for row in report["results"])
         where = f"Compiled for {', '.join(targets)}"
+    about = ", ".join([where, *([report["dtype"]] if "dtype" in report else [])])
     rounds = f"; medians of {report['rounds']} rounds" if "rounds" in report else ""
     date = report["date"][:10]
-    return f"**{where}, {report['dtype']}**, {date}{rounds}; {tables.versions(report)}."
+    return f"**{about}**, {date}{rounds}; {tables.versions(report)}."
 
 
 def images(files: Mapping[str, str], alt: str) -> list[str]:
