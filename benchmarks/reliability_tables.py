@@ -35,8 +35,10 @@ def bad_rows_table(report: Report) -> str:
         for name, rows in by_method(found).items()
         if _outcomes(rows, "inf") != _outcomes(rows, "NaN")
     ]
-    methods = ", ".join(other) or "no method"
-    return f"{text}\n\nRows of infinities, in place of NaN, made a difference to {methods}."
+    differ = ", ".join(other) or "no method"
+    return (
+        f"{text}\n\nWith infinities in place of NaN the result is other with {differ}."
+    )
 
 
 def cures_table(report: Report) -> str:

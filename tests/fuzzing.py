@@ -175,7 +175,10 @@ def check(layer: Layer, given: Data) -> float | None:
         values = np.asarray(found[name]).astype(np.float64)
         assert np.isfinite(values).all(), f"{name} is not finite"
         allowed = (1 if half else 16) * rounding[name]
-        assert_close(values, truth, layer.dtype, c=allowed)
+        try:
+            assert_close(values, truth, layer.dtype, c=allowed)
+        except AssertionError as problem:
+            raise AssertionError(f"{name}: {problem}") from None
         error = abs(values - truth).max(initial=0.0)
         worst = max(worst, error / tolerance(truth, layer.dtype, c=allowed))
     return worst
@@ -356,9 +359,11 @@ def _rounding(
     # Values that are given are exact: then only the arithmetic rounds.
     precision = min(1, single / eps) if layer.form == "norm" else 1
     relative = 1 + (size + abs(mean)) / std * precision
+    squares = 0.0
     if layer.sampler is None:  # one pass about zero
-        squares = np.where(expected["var"] > 0, (mean / std) ** 2, 0)
-        relative += squares * normal.max(axes) * min(1, single / eps)
+        squares = (mean**2).max() * min(1, single / eps)
+        lost = (mean / std) ** 2 * (1 + normal.max(axes))
+        relative += lost * min(1, single / eps)
     sums = np.sqrt((g**2).sum(axes)) + abs(expected["gradient of bias"])
     sums += abs(expected["gradient of scale"])
     spread = abs(g).max(axes) + shares.max(axes) * sums * (1 + normal.max(axes))
@@ -366,7 +371,7 @@ def _rounding(
     rounding = {
         "y": (relative * scale).max() + 1,
         "mean": (size * precision).max(),
-        "var": ((2 * np.sqrt(expected["var"]) + eps * size) * size).max(),
+        "var": ((2 * np.sqrt(expected["var"]) + eps * size) * size).max() + squares,
         "gradient of bias": sums.max(),
         "gradient of scale": (relative * sums).max(),
         "gradient of residual": 1.0,
