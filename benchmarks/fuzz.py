@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it mostly compiles
+if __name__ == "__main__":  # before JAX starts; the tests have settings of their own
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it mostly compiles
 
 import jax
 from hypothesis import HealthCheck, Phase, given, seed, settings

@@ -101,7 +101,8 @@ def fuzz_table(report: Report) -> str:
             lines.append([name, value.replace("NoneType", "none"), *_counted(rows)])
     lines.append(["all", "", *_counted(report["results"])])
     header = ["", "", "compared", "refused", "failed", "worst error / allowed"]
-    return markdown(header, lines, left=2)
+    drawn = f"{report['layers']} layers, drawn with seed {report['seed']}:"
+    return f"{drawn}\n\n{markdown(header, lines, left=2)}"
 
 
 def _counted(rows: list[Row]) -> list[str]:
