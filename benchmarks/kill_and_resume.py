@@ -99,12 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="X",
         help="longest time from a start to a kill (default: %(default)s)",
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        metavar="FILE",
-        help="new file for the numbers (default: one in benchmarks/results)",
-    )
+    timing.add_file_argument(parser)
     args = parser.parse_args(argv)
     check_positive(parser, args, "trials", "epochs")
     args.json = timing.new_path(parser, args.json, "kill_and_resume")

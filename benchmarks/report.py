@@ -1,11 +1,11 @@
 """Writes the committed results into the documentation: tables, captions and charts.
 
-``docs/benchmarks.md`` and, of many devices, ``docs/scaling.md`` get those of
-benchmarks/results, the newest of each device and case; ``docs/accuracy.md`` those of
-the studies in examples/, ``docs/normalizers.md`` that of all normalizers. What stands
-between the markers of a page, such as ``<!-- begin: block -->`` and ``<!-- end -->``,
-is replaced, and the rest left alone. ``--check`` writes nothing and fails if a page is
-out of date.
+``docs/benchmarks.md``, of many devices ``docs/scaling.md``, and ``docs/reliability.md``
+get those of benchmarks/results, the newest of each device and case;
+``docs/accuracy.md`` those of the studies in examples/, ``docs/normalizers.md`` that of
+all normalizers. What stands between the markers of a page, such as
+``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest left alone.
+``--check`` writes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import curves
 import plots
+import reliability_tables
 import studies
 import tables
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape")
 # What the names of charts begin with, a page each.
-_BENCH, _NETWORK = "bench", "network"
+_BENCH, _NETWORK, _RELIABILITY = "bench", "network", "reliability"
 _STUDY, _NORMALIZERS = "study", "micro-batches"
 
 Report = dict[str, Any]
@@ -61,36 +62,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     found = studies.read(args.root / "examples")
-    pages = [*benchmark_pages(args.root), *study_pages(args.root, found)]
+    pages = [*result_pages(args.root), *study_pages(args.root, found)]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
         print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
     return int(args.check and bool(old))
 
 
-def benchmark_pages(root: Path) -> list[Page]:
-    """Returns the pages of the benchmarks: of one device, and of many."""
+def result_pages(root: Path) -> list[Page]:
+    """Returns the pages of results: of one device, of many, and of reliability."""
     reports = newest(read(root / "benchmarks" / "results"))
-    many = [report for report in reports if report["benchmark"] == "scaling"]
-    one = [report for report in reports if report["benchmark"] != "scaling"]
-    kinds = [kind for kind in tables.TABLES if kind != "scaling"]
-    docs = root / "docs"
+    many = {"scaling"}
+    one = tables.TABLES.keys() - many
     return [
-        benchmark_page(docs / "benchmarks.md", _BENCH, kinds, one),
-        benchmark_page(docs / "scaling.md", _NETWORK, ["scaling"], many),
+        result_page(root / "docs" / name, charts, found, reports)
+        for name, charts, found in (
+            ("benchmarks.md", _BENCH, {k: (k, tables.TABLES[k]) for k in one}),
+            ("scaling.md", _NETWORK, {k: (k, tables.TABLES[k]) for k in many}),
+            ("reliability.md", _RELIABILITY, reliability_tables.TABLES),
+        )
     ]
 
 
-def benchmark_page(
-    path: Path, charts: str, kinds: Sequence[str], reports: Sequence[Report]
+def result_page(
+    path: Path,
+    charts: str,
+    found: Mapping[str, tuple[str, Callable[[Report], str]]],
+    reports: Sequence[Report],
 ) -> Page:
-    """Returns a page of some kinds of benchmarks."""
+    """Returns a page of results.
+
+    Args:
+      path: of the page.
+      charts: what the names of its charts begin with.
+      found: by name of a section, the kind of its reports and their table.
+      reports: of all kinds.
+    """
+    kinds = {kind for kind, _ in found.values()}
 
     def draw(folder: Path) -> None:
         for report in reports:
-            plots.draw(report, charts, folder)
+            if report["benchmark"] in kinds:
+                plots.draw(report, charts, folder)
 
-    sections = {kind: section(kind, reports, charts) for kind in kinds}
+    sections = {
+        name: section(kind, table, reports, charts)
+        for name, (kind, table) in found.items()
+    }
     return Page(path, charts, sections, draw)
 
 
@@ -175,14 +193,16 @@ def newest(reports: Sequence[Report]) -> list[Report]:
     return kept
 
 
-def section(kind: str, reports: Sequence[Report], prefix: str) -> str:
-    """Returns what stands between the markers of a kind of benchmark."""
+def section(
+    kind: str, table: Callable[[Report], str], reports: Sequence[Report], prefix: str
+) -> str:
+    """Returns what stands between two markers: tables of a kind of benchmark."""
     chosen = [report for report in reversed(reports) if report["benchmark"] == kind]
     chosen.sort(key=lambda report: report.get("platform") == "cpu")  # those come last
     parts = []
     for report in chosen:
         charts = images(plots.files(report, prefix), report["what"])
-        parts += [caption(report), *charts, tables.TABLES[kind](report)]
+        parts += [caption(report), *charts, table(report)]
     return "\n\n".join(parts or ["No results yet."])
 
 
@@ -193,9 +213,10 @@ def caption(report: Report) -> str:
     else:
         targets = dict.fromkeys(row["target"] for row in report["results"])
         where = f"Compiled for {', '.join(targets)}"
+    about = ", ".join([where, *([report["dtype"]] if "dtype" in report else [])])
     rounds = f"; medians of {report['rounds']} rounds" if "rounds" in report else ""
     date = report["date"][:10]
-    return f"**{where}, {report['dtype']}**, {date}{rounds}; {tables.versions(report)}."
+    return f"**{about}**, {date}{rounds}; {tables.versions(report)}."
 
 
 def images(files: Mapping[str, str], alt: str) -> list[str]:

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
         metavar="X",
         help="start nothing that would take longer (default: measure everything)",
     )
+    add_file_argument(parser)
+
+
+def add_file_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that says where the numbers go."""
     parser.add_argument(
         "--json",
         type=Path,

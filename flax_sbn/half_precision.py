@@ -8,9 +8,16 @@ from jax.typing import DTypeLike
 
 def round_to(kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Returns a kernel in a dtype, rounded even where XLA would leave that out."""
-    if jnp.finfo(dtype).bits < jnp.finfo(kernel.dtype).bits:
-        info = jnp.finfo(dtype)
-        kernel = lax.reduce_precision(kernel, info.nexp, info.nmant)
+    wide, narrow = jnp.finfo(kernel.dtype), jnp.finfo(dtype)
+    if narrow.bits < wide.bits:
+        rounded = lax.reduce_precision(kernel, narrow.nexp, narrow.nmant)
+        if narrow.nexp < wide.nexp:
+            # It makes zeros of what is below the normal numbers: float16 has more.
+            step = float(narrow.smallest_subnormal)
+            small = jnp.round(kernel / step) * step
+            small = kernel + lax.stop_gradient(small - kernel)
+            rounded = jnp.where(abs(kernel) < float(narrow.tiny), small, rounded)
+        kernel = rounded
     return kernel.astype(dtype)
 
 

@@ -1,5 +1,7 @@
 """The one tolerance of all tests: rounding, growing with the number of values."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,21 @@ def eps(dtype: str) -> float:
     return float(jnp.finfo(dtype).eps)
 
 
-def assert_close(actual, expected, dtype="float32", num=1, c=4.0):
+def tolerance(
+    expected: Any, dtype: str = "float32", num: float = 1, c: float = 4.0
+) -> float:
+    """Returns how far what is close may be off; see `assert_close`."""
+    magnitude = max(1.0, float(np.abs(expected).max(initial=0.0)))
+    return float(c * eps(dtype) * num**0.5 * magnitude)
+
+
+def assert_close(
+    actual: Any,
+    expected: Any,
+    dtype: str = "float32",
+    num: float = 1,
+    c: float = 4.0,
+) -> None:
     """Asserts equality to ``c * eps(dtype) * sqrt(num)``, relative to the largest.
 
     Args:
@@ -22,15 +38,14 @@ def assert_close(actual, expected, dtype="float32", num=1, c=4.0):
     """
     # Not NumPy's: it has no bfloat16.
     actual, expected = (np.asarray(a) for a in (actual, expected))
-    wide = np.complex128 if np.iscomplexobj(expected) else np.float64
+    wide: Any = np.complex128 if np.iscomplexobj(expected) else np.float64
     actual, expected = actual.astype(wide), expected.astype(wide)
     assert actual.shape == expected.shape
-    magnitude = max(1.0, np.abs(expected).max(initial=0.0))
-    atol = c * eps(dtype) * num**0.5 * magnitude
+    atol = tolerance(expected, dtype, num, c)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
 
-def assert_trees_close(actual, expected, **options):
+def assert_trees_close(actual: Any, expected: Any, **options: Any) -> None:
     """Asserts that arrays and keys of a tree are another's; see `assert_close`."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     for a, e in pairs:
@@ -39,7 +54,7 @@ def assert_trees_close(actual, expected, **options):
         assert_close(a, np.float64(e), **options)
 
 
-def assert_same_to_rounding(actual, expected, rtol=1e-12):
+def assert_same_to_rounding(actual: Any, expected: Any, rtol: float = 1e-12) -> None:
     """Asserts that each array of a tree is another's, relative to its largest value."""
     pairs = zip(
         jax.tree_util.tree_leaves_with_path(expected),

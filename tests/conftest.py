@@ -4,9 +4,17 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+
+# How many cases are drawn, unless a test says so: pytest --hypothesis-profile=many.
+settings.register_profile(
+    "few", max_examples=10, deadline=None, derandomize=True, database=None
+)
+settings.register_profile("many", max_examples=1000, deadline=None, database=None)
+settings.load_profile("few")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ Features are last. Where something is measured is told by booleans of the input'
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,8 +32,8 @@ def moments(x: Array, where: Array) -> Moments:
 
 def mix(populations: Sequence[Moments], weights: Sequence[float]) -> Moments:
     """Moments of a population that is drawn from several with the given shares."""
-    mean = sum(w * m for w, (m, _) in zip(weights, populations, strict=True))
-    square = sum(
+    mean: Any = sum(w * m for w, (m, _) in zip(weights, populations, strict=True))
+    square: Any = sum(
         w * (v + abs(m) ** 2) for w, (m, v) in zip(weights, populations, strict=True)
     )
     return mean, square - abs(mean) ** 2
@@ -43,6 +44,16 @@ def normalize(
 ) -> Array:
     """Every value, with the given moments."""
     return wide(scale) * (wide(x) - mean) / np.sqrt(var + epsilon) + wide(bias)
+
+
+def population(x: Array, shares: Array) -> Moments:
+    """Moments of a population of which each position is a given share.
+
+    Mean 0 and variance 1 where it is empty.
+    """
+    x, empty = wide(x), shares.sum(over(x)) == 0
+    mean = (shares * x).sum(over(x))
+    return mean, (shares * abs(x - mean) ** 2).sum(over(x)) + empty
 
 
 def backward(
@@ -58,8 +69,7 @@ def backward(
     measured positions and zero elsewhere, or a mixture of such.
     """
     x, g = wide(x), wide(cotangent)
-    mean = (shares * x).sum(over(x))
-    var = (shares * (x - mean) ** 2).sum(over(x))
+    mean, var = population(x, shares)
     std = np.sqrt(var + epsilon)
     normal = (x - mean) / std
     dbias, dscale = g.sum(over(x)), (g * normal).sum(over(x))
@@ -98,12 +108,13 @@ def shares(wheres: Sequence[Array], weights: Sequence[float]) -> Array:
     A part that is empty leaves its weight to the others; all zero where all are empty.
     """
     axes = over(wheres[0])
-    nums = [where.sum(axes) for where in wheres]
-    total = sum(w * (n > 0) for w, n in zip(weights, nums, strict=True))
-    return sum(
+    nums: list[Any] = [where.sum(axes) for where in wheres]
+    total: Any = sum(w * (n > 0) for w, n in zip(weights, nums, strict=True))
+    parts: Any = sum(
         where * w / np.maximum(n, 1)
         for where, w, n in zip(wheres, weights, nums, strict=True)
-    ) / np.where(total > 0, total, 1)
+    )
+    return parts / np.where(total > 0, total, 1)
 
 
 def taps(
@@ -122,7 +133,7 @@ def taps(
     reach = (window - 1) * kernel_dilation + 1
     starts = stride * np.arange((full + sum(pads) - reach) // stride + 1) - pads[0]
     places = starts[:, None] + kernel_dilation * np.arange(window)
-    return np.float64(places[..., None] == input_dilation * np.arange(size))
+    return (places[..., None] == input_dilation * np.arange(size)).astype(np.float64)
 
 
 def contract(wanted: str, taps: Sequence[Array], **given: Array) -> Array:
@@ -141,7 +152,7 @@ def contract(wanted: str, taps: Sequence[Array], **given: Array) -> Array:
         "kernel": [*window, inputs, outputs],
         "y": [rows, *above, outputs],
     }
-    operands: list = []
+    operands: list[Any] = []
     for tap, *axes_of_tap in zip(taps, above, window, below, strict=True):
         operands += [tap, axes_of_tap]
     for name, array in given.items():

@@ -46,10 +46,13 @@ def measured(
 
 
 def shares(
-    sampler: sbn.Sampler | None, shape: Sequence[int], mask: np.ndarray | bool = True
+    sampler: sbn.Sampler | None,
+    shape: Sequence[int],
+    mask: np.ndarray | bool = True,
+    key: jax.Array | None = KEY,
 ) -> np.ndarray:
     """Returns how much of the measured population each value is."""
-    wheres, weights = measured(sampler, shape[:-1])
+    wheres, weights = measured(sampler, shape[:-1], key)
     wheres = [np.broadcast_to(where[..., None] & mask, shape) for where in wheres]
     return reference.shares(wheres, weights)
 
@@ -58,7 +61,9 @@ def moments(
     x: jax.Array, sampler: sbn.Sampler | None, mask: np.ndarray | bool = True
 ) -> reference.Moments:
     """Returns the moments of every part of the sample, mixed."""
-    x = np.asarray(x)
+    values = np.asarray(x)
     wheres, weights = measured(sampler, x.shape[:-1])
     wheres = [np.broadcast_to(where[..., None] & mask, x.shape) for where in wheres]
-    return reference.mix([reference.moments(x, where) for where in wheres], weights)
+    return reference.mix(
+        [reference.moments(values, where) for where in wheres], weights
+    )

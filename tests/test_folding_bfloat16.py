@@ -183,6 +183,27 @@ def test_a_kernel_is_rounded_for_good(dtype):
     assert ("reduce_precision" in program) == (dtype != "float32")
 
 
+def test_a_small_kernel_is_rounded_to_numbers_that_float16_has_below_the_normal():
+    kernel = cases.inputs((3, 3, 16, 16)) * 2.0 ** -np.arange(12.0, 28)
+    round_to = functools.partial(half_precision.round_to, dtype=jnp.float16)
+    rounded, pullback = jax.vjp(jax.jit(round_to), kernel)
+    np.testing.assert_array_equal(rounded, np.float16(kernel))
+    (gradient,) = pullback(jnp.ones_like(rounded))
+    np.testing.assert_array_equal(gradient, np.ones(kernel.shape))
+
+
+@pytest.mark.parametrize("name", ["BS", "FS"])
+def test_large_values_in_float16_fold(name):
+    x = 2e4 * cases.inputs((16, 8, 8, 4))
+    x, kernel = jnp.clip(x, -6e4, 6e4).astype(jnp.float16), jnp.eye(4)[None, None]
+    options = {"sampler": cases.SAMPLERS[name], "key": KEY, "dtype": "float16"}
+    (folded, _), (plain, _) = (
+        conv_norm(x, kernel, **options)
+        for conv_norm in (sbn.conv_norm, unfolded.conv_norm)
+    )
+    assert_close(folded, np.float64(plain), "float16")
+
+
 @pytest.mark.parametrize("add", [half_precision._add_narrow, half_precision._add_wide])
 def test_the_shift_is_added_alike_on_every_platform(add):
     y = cases.inputs((64, 16, 16, 4), "bfloat16")

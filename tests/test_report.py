@@ -7,6 +7,7 @@ import pytest
 
 import curves
 import grid
+import reliability_tables
 import report
 import studies
 import tables
@@ -65,6 +66,12 @@ def folder(tmp_path) -> Path:
         "# Mine\n<!-- begin: ratio-short -->\n<!-- end -->\n"
     )
     (docs / "normalizers.md").write_text("# All of them\n")
+    (docs / "reliability.md").write_text(
+        "".join(
+            f"<!-- begin: {name} -->\n<!-- end -->\n"
+            for name in reliability_tables.TABLES
+        )
+    )
     results_of.mkdir(parents=True)
     (tmp_path / "examples" / "studies").mkdir(parents=True)
     (tmp_path / "examples" / "studies" / "ratio-short.toml").write_text(STUDY)

@@ -19,14 +19,14 @@ quick_jit = functools.partial(
 )
 
 
-def conv(x: jax.Array, kernel: jax.Array, dtype: Any = None, **options: Any):
+def conv(x: jax.Array, kernel: jax.Array, dtype: Any = None, **options: Any) -> Any:
     """Returns flax's convolution."""
     *window, _, features = kernel.shape
     layer = nn.Conv(features, window, use_bias=False, dtype=dtype, **options)
     return layer.apply({"params": {"kernel": kernel}}, x)
 
 
-def dense(x: jax.Array, kernel: jax.Array, dtype: Any = None):
+def dense(x: jax.Array, kernel: jax.Array, dtype: Any = None) -> Any:
     """Returns flax's dense layer."""
     layer = nn.Dense(kernel.shape[-1], use_bias=False, dtype=dtype)
     return layer.apply({"params": {"kernel": kernel}}, x)

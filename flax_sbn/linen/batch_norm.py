@@ -39,9 +39,9 @@ class BatchNorm(nn.BatchNorm):
     always have flax's names, so that checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
-    statistics and leaves them as they are. Samples are measured in float32 or wider, as
-    exactly as in two passes, whatever ``force_float32_reductions`` and
-    ``use_fast_variance`` say.
+    statistics and leaves them as they are; with ``sampler=None`` its output is flax's,
+    NaN. Samples are measured in float32 or wider, as exactly as in two passes, whatever
+    ``force_float32_reductions`` and ``use_fast_variance`` say.
 
     Attributes:
       sampler: which positions are measured in training; None measures all of them.

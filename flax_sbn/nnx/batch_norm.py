@@ -38,8 +38,9 @@ class BatchNorm(nnx.BatchNorm):
     parameters and statistics always have flax's names: checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
-    statistics and leaves them as they are. Samples are measured in float32 or wider, as
-    exactly as in two passes, whatever ``use_fast_variance`` says.
+    statistics and leaves them as they are; with ``sampler=None`` its output is flax's,
+    NaN. Samples are measured in float32 or wider, as exactly as in two passes, whatever
+    ``use_fast_variance`` says.
 
     Args:
       num_features: number of features ``C``.
