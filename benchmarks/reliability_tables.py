@@ -35,10 +35,8 @@ def bad_rows_table(report: Report) -> str:
         for name, rows in by_method(found).items()
         if _outcomes(rows, "inf") != _outcomes(rows, "NaN")
     ]
-    differ = ", ".join(other) or "no method"
-    return (
-        f"{text}\n\nWith infinities in place of NaN the result is other with {differ}."
-    )
+    but = f", but with {', '.join(other)}" if other else ""
+    return f"{text}\n\nInfinities in place of NaN lead to the same{but}."
 
 
 def cures_table(report: Report) -> str:

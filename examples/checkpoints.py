@@ -141,6 +141,7 @@ class Checkpoints:
         reason = str(error).partition("\n")[0]
         if processes.is_first():
             (self.folder / str(step)).rename(broken)
+        processes.wait_for_all(f"{broken} is set aside")
         warnings.warn(
             f"The checkpoint of step {step} cannot be read and is set aside as "
             f"{broken}: {type(error).__name__}: {reason[:200]}",

@@ -89,6 +89,11 @@ def agree(args: argparse.Namespace, problem: str | None) -> str | None:
     return None
 
 
+def wait_for_all(reason: str) -> None:
+    """Returns when every process has come here."""
+    multihost_utils.sync_global_devices(reason)
+
+
 def _gather(array: NDArray[Any]) -> NDArray[Any]:
     """Returns the arrays of all processes, first axis."""
     gathered = np.asarray(multihost_utils.process_allgather(array))
