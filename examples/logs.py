@@ -87,7 +87,8 @@ class Log:
             self._writer.flush()
 
     def evaluated(self, step: int, accuracy: Accuracy) -> None:
-        """Takes what an evaluation gives."""
+        """Takes what an evaluation gives; its time is not that of steps."""
+        self._shown, self._since = step, time.monotonic()
         self._write(step, "test", {"top1": accuracy.top1, "top5": accuracy.top5})
         self._console.print(
             f"epoch {step / self.epoch:.4g}: top-1 {accuracy.top1:.2%}, top-5 "

@@ -44,7 +44,7 @@ def test_examples_run_from_a_file(block, tmp_path) -> None:
 def test_named_commands_and_files_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"make ([a-z-]+)", README):
-        assert f"\n{target}:" in makefile
+        assert re.search(rf"^([a-z]+ )*{target}( [a-z]+)*:", makefile, re.MULTILINE)
     for link in re.findall(r"\]\((?!http)([^)#]+)", README):
         assert (ROOT / link).exists(), link
 

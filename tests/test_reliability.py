@@ -115,4 +115,4 @@ def test_more_arrays_or_programs_are_told() -> None:
 
 def test_every_table_is_of_a_script() -> None:
     kinds = {kind for kind, _ in reliability_tables.TABLES.values()}
-    assert kinds == {"bad_rows", "extremes", "fuzz", "soak"}
+    assert kinds == {"bad_rows", "extremes", "fuzz", "soak", "kill_and_resume"}

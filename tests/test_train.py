@@ -120,7 +120,7 @@ def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
     trainer = small_trainer("bn", model="mlp", api=api, batch_size=32, rows=16)
     state, images = trainer.init(0), trainer.data.images[:32]
     variables = state.model.variables
-    forward = trainer.learner.forward(variables, images, state.key, state.key)
+    forward = jax.jit(trainer.learner.forward)(variables, images, state.key, state.key)
     halves = [
         trainer.learner.network.train(variables, trainer.learner.scale(half), state.key)
         for half in (images[:16], images[16:])
@@ -295,8 +295,9 @@ def test_many_steps_in_one_dispatch_are_the_same_steps(name) -> None:
 def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
     trainer = small_trainer("vdn:4", model="mlp", rows=32, fresh_virtual=fresh)
     state, images = trainer.init(0), trainer.data.images[:32]
+    forward = jax.jit(trainer.learner.forward)
     one, other = (
-        trainer.learner.forward(state.model.variables, images, state.key, key).logits
+        forward(state.model.variables, images, state.key, key).logits
         for key in jax.random.split(state.key)
     )
     assert (one != other).any() == fresh
@@ -329,7 +330,7 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
     trainers = [Trainer(settings, method, DIGITS) for method in (plain, moved)]
     state = trainers[0].init(0)
     one, other = (
-        trainer.learner.forward(
+        jax.jit(trainer.learner.forward)(
             state.model.variables, DIGITS.images[:16], state.key, state.key
         )
         for trainer in trainers
