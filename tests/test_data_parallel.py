@@ -90,15 +90,22 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    cases.pairwise(
-        name=list(SAMPLERS),
-        way=list(WAYS),
-        folded=[False, True],
-        step=[linen_step, nnx_step],
-    ),
-    ids=lambda case: "-".join(getattr(v, "__name__", str(v)) for v in case.values()),
+def pairs(**options):
+    """Makes a test of cases in which every two options meet."""
+    return pytest.mark.parametrize(
+        "case",
+        cases.pairwise(**options),
+        ids=lambda case: "-".join(
+            getattr(v, "__name__", str(v)) for v in case.values()
+        ),
+    )
+
+
+@pairs(
+    name=list(SAMPLERS),
+    way=list(WAYS),
+    folded=[False, True],
+    step=[linen_step, nnx_step],
 )
 def test_a_step_is_that_of_one_device(case):
     per_device, of_all = SAMPLERS[case["name"]]
@@ -128,13 +135,17 @@ LOCAL = [sampler for sampler, _ in SAMPLERS.values()] + [
 ]
 
 
-@pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("sampler", LOCAL, ids=str)
 @pytest.mark.parametrize("step", [linen_step, nnx_step])
-def test_statistics_of_each_device_send_nothing(sampler, folded, step):
-    kinds = [kind for kind, *_ in sent("shard_map", Norm(sampler, None, folded), step)]
-    without = [kind for kind, *_ in sent("shard_map", Norm(none=True), step)]
-    assert kinds == without == ["all-reduce"]  # of loss and gradients
+def test_without_a_norm_only_loss_and_gradients_are_sent(step):
+    found = sent("shard_map", Norm(none=True), step)
+    assert [kind for kind, *_ in found] == ["all-reduce"]
+
+
+@pairs(sampler=LOCAL, folded=[False, True], step=[linen_step, nnx_step])
+def test_statistics_of_each_device_send_nothing_more(case):
+    norm = Norm(case["sampler"], None, case["folded"])
+    found = sent("shard_map", norm, case["step"])
+    assert [kind for kind, *_ in found] == ["all-reduce"]
 
 
 def assert_sums_of_features(found, forward, times=1):
@@ -159,12 +170,10 @@ def test_synchronized_statistics_send_one_sum_a_layer(sampler, folded):
     assert_sums_of_features(found, forward=1)
 
 
-@pytest.mark.parametrize("way", ["jit", "explicit"])
-@pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_batch_on_many_devices_sends_sums_only(name, folded, way):
-    _, sampler = SAMPLERS[name]
-    found = sent(way, Norm(sampler, folded=folded))
+@pairs(name=list(SAMPLERS), folded=[False, True], way=["jit", "explicit"])
+def test_a_batch_on_many_devices_sends_sums_only(case):
+    name, folded = case["name"], case["folded"]
+    found = sent(case["way"], Norm(SAMPLERS[name][1], folded=folded))
     # One to know a value to shift by, one for each part's moments about it.
     parts = {"all": 0, "FS+VDN": 2}.get(name, 1)
     # XLA adds up the gradients of a folded kernel and of each part's one by one.

@@ -145,7 +145,7 @@ def test_what_processes_do_not_agree_on_is_named(monkeypatch, others, message) -
     assert message in processes.agree(argparse.Namespace(epochs=3), None)
 
 
-def run(script, *argv, devices, count=1):
+def run(script, *argv, devices, count):
     """Runs a script in so many processes that meet; returns statuses and output."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -153,7 +153,7 @@ def run(script, *argv, devices, count=1):
     started = []
     for index in range(count):
         here = [a[index] if isinstance(a, tuple) else a for a in argv]
-        meet = ["--distributed", address, str(count), str(index)] * (count > 1)
+        meet = ["--distributed", address, str(count), str(index)]
         process = subprocess.Popen(
             [sys.executable, EXAMPLES / script, *here, *meet],
             env={**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)},
@@ -173,14 +173,13 @@ def run(script, *argv, devices, count=1):
 def test_two_processes_train_as_one_does(tmp_path) -> None:
     argv = ("--model", "mlp", "--width", "16", "--epochs", "1", "--seeds", "1")
     argv += ("--norm", "BatchSampling(8, strata=8)", "--train-size", "512", "--out")
-    results = []
-    for count, more in ((1, ("--devices", "8")), (2, ())):
-        out = tmp_path / str(count)
-        statuses, outputs = run(
-            "train.py", *argv, str(out), *more, devices=8 // count, count=count
-        )
-        assert statuses == [0] * count, outputs
-        results.append(json.loads((out / "results.json").read_text())["runs"])
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train.main([*argv, str(one), "--devices", "8"]) == 0
+    statuses, outputs = run("train.py", *argv, str(two), devices=4, count=2)
+    assert statuses == [0, 0], outputs
+    results = [
+        json.loads((out / "results.json").read_text())["runs"] for out in (one, two)
+    ]
     ((one,), (two,)) = results
     np.testing.assert_allclose(one["loss"], two["loss"], rtol=1e-5)
     np.testing.assert_allclose(one["test_accuracy"], two["test_accuracy"])

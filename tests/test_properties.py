@@ -37,7 +37,7 @@ samplers = st.one_of(st.none(), rows, patches, virtual, mixed)
 dtypes = st.sampled_from(["float32", "bfloat16", "float16", "complex64"])
 seeds = st.integers(0, 2**32 - 1)
 
-modest = settings(deadline=None, derandomize=True, max_examples=30, database=None)
+modest = settings(deadline=None, derandomize=True, max_examples=20, database=None)
 
 
 def inputs(extent, dtype, seed, features=2):

@@ -342,8 +342,14 @@ def test_the_weight_reaches_the_layers(api, folded) -> None:
 NORMALIZERS = [name for name in methods.NAMES if methods.parse(name).sampler is None]
 
 
-@pytest.mark.parametrize("api", list(NETWORKS))
-@pytest.mark.parametrize("name", NORMALIZERS)
+# Those that have more than parameters and running averages train in nnx, too.
+STATEFUL = ("brn", "dbn", "kn", "mabn", "batchless", "shade", "bnp", "ic")
+
+
+@pytest.mark.parametrize(
+    ("name", "api"),
+    [(name, "linen") for name in NORMALIZERS] + [(name, "nnx") for name in STATEFUL],
+)
 def test_every_normalizer_trains(name, api) -> None:
     model = "resnet8" if name in ("frn", "bnet") else "mlp"  # these need maps
     trainer = small_trainer(name, model=model, api=api, width=8, epochs=3)
