@@ -31,11 +31,11 @@ AFTER = {
     "activation": [jax.nn.relu, jnp.tanh, None],
     "masked": [False, True],
 }
-# Rows at a fixed place are those of VDN-strata, too; with causal borders all meet.
-MOVING = [name for name in cases.SAMPLERS if name not in ("NS", "VDN")]
+# Of these the others are made; with causal borders all meet.
+PARTS = ["BS-strata", "FS-one-patch", "FS", "VDN-strata", "FS+VDN"]
 CONVOLUTIONS = [
     *cases.pairwise(
-        border=list(cases.BORDERS), **GEOMETRY, **AFTER | {"sampler": MOVING}
+        border=list(cases.BORDERS), **GEOMETRY, **AFTER | {"sampler": PARTS}
     ),
     *cases.pairwise(
         border=["CAUSAL"],
