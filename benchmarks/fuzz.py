@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import reliability_tables
 import timing
-from measuring import describe_device
+from measuring import add_counts, describe_device
 from tests import fuzzing
 
 _KEEP = 100  # compiled programs
@@ -37,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default, of in (
-        ("--layers", 500, "layers, each a program"),
-        ("--data", 6, "inputs of each layer"),
-    ):
-        text = f"{of} (default: %(default)s)"
-        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
+    add_counts(
+        parser,
+        layers=(500, "layers, each a program"),
+        data=(6, "inputs of each layer"),
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--minutes", type=float, metavar="X", help="start no case after so long"

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import timing
 from data import load_digits
-from measuring import check_positive, describe_device
+from measuring import add_counts, check_positive, describe_device
 
 _SCRIPT = Path(__file__).parents[1] / "examples" / "imagenet.py"
 _OPTIONS = (
@@ -80,18 +80,12 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trials; returns 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for option, default, help_text in (
-        ("trials", 50, "interruptions in all"),
-        ("epochs", 12, "passes over the images in a training"),
-        ("seed", 0, "of the moments"),
-    ):
-        parser.add_argument(
-            f"--{option}",
-            type=int,
-            default=default,
-            metavar="N",
-            help=f"{help_text} (default: %(default)s)",
-        )
+    add_counts(
+        parser,
+        trials=(50, "interruptions in all"),
+        epochs=(12, "passes over the images in a training"),
+        seed=(0, "of the moments"),
+    )
     parser.add_argument(
         "--seconds",
         type=float,

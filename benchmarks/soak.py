@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import flax_sbn as sbn
 import reliability_tables
 import timing
-from measuring import check_positive, describe_device
+from measuring import add_counts, check_positive, describe_device
 from methods import Method
 from networks import NETWORKS, Settings, Variables
 
@@ -45,12 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default, of in (
-        ("--steps", 5000, "of each network"),
-        ("--every", 500, "steps between two looks; the first ends the warm-up"),
-    ):
-        text = f"{of} (default: %(default)s)"
-        parser.add_argument(name, type=int, default=default, metavar="N", help=text)
+    add_counts(
+        parser,
+        steps=(5000, "of each network"),
+        every=(500, "steps between two looks; the first ends the warm-up"),
+    )
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)
     check_positive(parser, args, "steps", "every")

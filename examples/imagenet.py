@@ -22,7 +22,7 @@ import processes
 from checkpoints import CheckpointError, Checkpoints
 from comparison import new_folder
 from data import DataError
-from measuring import check_positive
+from measuring import add_counts, check_positive
 from networks import Settings
 from options import COUNTS, add_settings, settings_of
 from pipeline import DiskInput, FakeInput, Input, find
@@ -110,18 +110,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="new folder, or that of a training to go on with (default: a new one "
         "under runs/, named by the time)",
     )
-    for option, default, help_text in (
-        ("checkpoint-every", 1000, "steps between checkpoints, besides each epoch's"),
-        ("keep", 3, "last checkpoints that are kept, besides the best"),
-        ("log-every", 20, "steps between entries of the log"),
-    ):
-        where.add_argument(
-            f"--{option}",
-            type=int,
-            default=default,
-            metavar="N",
-            help=f"{help_text} (default: %(default)s)",
-        )
+    add_counts(
+        where,
+        checkpoint_every=(1000, "steps between checkpoints, besides each epoch's"),
+        keep=(3, "last checkpoints that are kept, besides the best"),
+        log_every=(20, "steps between entries of the log"),
+    )
     where.add_argument(
         "--devices", type=int, metavar="N", help="(default: all there are)"
     )

@@ -63,6 +63,18 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     )
 
 
+def add_counts(group: Any, **options: tuple[int, str]) -> None:
+    """Adds options that are whole numbers, each with its default and a help text."""
+    for name, (default, text) in options.items():
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )
+
+
 def check_positive(
     parser: argparse.ArgumentParser, args: argparse.Namespace, *names: str
 ) -> None:
