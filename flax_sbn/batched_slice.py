@@ -8,7 +8,9 @@ fuses into the gradient that it is added to. Nor does a window of a padded array
 the padded copy.
 
 TPUs gather slowly, and slice and update in place well: there each block is one slice,
-and :func:`fork` adds its gradient in place.
+and :func:`fork` adds its gradient in place. But XLA cannot divide slices of single
+entries among devices without every device having all entries. Where it has to, under
+``jit`` of sharded arrays, TPUs gather, too.
 """
 
 import functools
@@ -290,6 +292,14 @@ def _batch(
     return split(results), 0
 
 
+def _is_divided(ctx: mlir.LoweringRuleContext) -> bool:
+    """Returns whether XLA divides the arrays of a program among devices."""
+    context: Any = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):  # of jax.shard_map, which divides by itself
+        return context.manual_axes != set(context.mesh.axis_names)
+    return context.num_devices > 1
+
+
 def _primitive(
     name: str, gathered: Any, sliced: Any, jvp: Any, transpose: Any, shapes: Any
 ) -> core.Primitive:
@@ -299,8 +309,13 @@ def _primitive(
     primitive.def_impl(jax.jit(gathered, static_argnames=static))
     primitive.def_abstract_eval(shapes)
     lower = functools.partial(mlir.lower_fun, multiple_results=several)
-    mlir.register_lowering(primitive, lower(gathered))
-    mlir.register_lowering(primitive, lower(sliced), platform="tpu")
+    everywhere, alone = lower(gathered), lower(sliced)
+    mlir.register_lowering(primitive, everywhere)
+
+    def on_tpu(ctx: Any, *args: Any, **params: Any) -> Any:
+        return (everywhere if _is_divided(ctx) else alone)(ctx, *args, **params)
+
+    mlir.register_lowering(primitive, on_tpu, platform="tpu")
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)

@@ -8,7 +8,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
@@ -209,21 +209,49 @@ def squares(x):
     return sum((y**2).sum() for y in fork(x, *block_arguments("sticking-out")))
 
 
-@pytest.mark.parametrize(
-    ("platform", "present", "absent"),
-    [
-        ("cpu", ["gather"], ["scatter"]),
-        ("cuda", ["gather"], ["scatter"]),
-        ("tpu", ["dynamic_slice", "dynamic_update_slice"], ["gather", "scatter"]),
-    ],
-)
-def test_no_scatter_is_left_in_the_gradient(platform, present, absent):
-    exported = jax.export.export(jax.jit(jax.grad(squares)), platforms=[platform])
-    program = exported(jnp.ones(SHAPE)).mlir_module()
+GATHERED = (["gather"], ["scatter"])
+SLICED = (["dynamic_slice", "dynamic_update_slice"], ["gather", "scatter"])
+
+
+def assert_lowered(gradient, x, platform, expected):
+    """What is in the program for a platform, and what is not."""
+    exported = jax.export.export(jax.jit(gradient), platforms=[platform])
+    program = exported(x).mlir_module()
+    present, absent = expected
     for name in present:
         assert f"stablehlo.{name}" in program
     for name in absent:
         assert f"stablehlo.{name}" not in program
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("cpu", GATHERED), ("cuda", GATHERED), ("tpu", SLICED)]
+)
+def test_no_scatter_is_left_in_the_gradient(platform, expected):
+    assert_lowered(jax.grad(squares), jnp.ones(SHAPE), platform, expected)
+
+
+@pytest.mark.parametrize(
+    ("mapped", "expected"),
+    [((), GATHERED), (("data",), GATHERED), (("data", "model"), SLICED)],
+    ids=str,
+)
+def test_tpus_slice_only_what_xla_need_not_divide(mapped, expected):
+    # Of slices of single rows, XLA makes every device gather the rows of all.
+    devices = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
+    sharding = NamedSharding(devices, P("data"))
+    gradient, rows = jax.grad(squares), SHAPE[0]
+    if mapped:
+        gradient = jax.shard_map(
+            gradient,
+            mesh=devices,
+            in_specs=P("data"),
+            out_specs=P("data"),
+            axis_names=set(mapped),
+        )
+        rows *= 2
+    x = jax.ShapeDtypeStruct((rows, *SHAPE[1:]), jnp.float32, sharding=sharding)
+    assert_lowered(gradient, x, "tpu", expected)
 
 
 def test_sharded_along_the_leading_axis_it_moves_nothing():
