@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from rich.console import Console
@@ -19,10 +19,13 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+import timing
 from measuring import describe_device
 from models import IMAGE_SHAPES
 from step import Step
 from targets import TARGETS
+
+R = TypeVar("R", bound="Result")
 
 _COMPILERS = ("jax-cuda13-plugin", "nvidia-cuda-nvcc", "libtpu")
 
@@ -42,6 +45,10 @@ class Result:
     variant: str
     compile_seconds: float | None = None
     error: str | None = None
+
+    def describe(self) -> str:
+        """Says what is compiled."""
+        return f"{self.target}, {self.model}: {self.variant}"
 
     def compile(self, step: Callable[[], Step]) -> Any:
         """Makes and compiles a step; returns None and notes why if it cannot be."""
@@ -110,8 +117,8 @@ def add_arguments(
     )
 
 
-def describe() -> dict[str, Any]:
-    """Returns versions, the machine that compiles, and the date."""
+def new_report(benchmark: str, what: str, dtype: str) -> dict[str, Any]:
+    """Returns a report without results: what they are of, versions, and the date."""
     description = describe_device()
     for key in ("device", "platform", "runtime"):
         del description[key]
@@ -120,11 +127,42 @@ def describe() -> dict[str, Any]:
         for package in metadata.distributions()
         if package.name in _COMPILERS
     }
-    return description
+    return {
+        "benchmark": benchmark,
+        "what": what,
+        **description,
+        "dtype": dtype,
+        "results": [],
+    }
 
 
-def progress_bar() -> Progress:
-    """Returns the bar of what is compiled, apart from the results."""
+def fill_in(
+    results: Sequence[R], measure: Callable[[R], None], report: dict[str, Any], to: Path
+) -> dict[str, Any]:
+    """Compiles one step after the other, with a bar of how many are left.
+
+    Args:
+      results: what to compile.
+      measure: fills in a result.
+      report: they are added to, and which is written to a file after each.
+      to: the file.
+
+    Returns:
+      A report of these results alone, for a table.
+    """
+    begin = len(report["results"])
+    with _progress_bar() as bar:
+        task = bar.add_task("", total=len(results))
+        for result in results:
+            bar.update(task, description=result.describe())
+            measure(result)
+            report["results"].append(dataclasses.asdict(result))
+            timing.write(to, report)
+            bar.advance(task)
+    return {"results": report["results"][begin:]}
+
+
+def _progress_bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

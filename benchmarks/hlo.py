@@ -87,6 +87,12 @@ class Instruction:
         return match[1] if match else ""
 
     @property
+    def cycles(self) -> int | None:
+        """The compiler's estimate of its time in cycles of the clock; TPUs only."""
+        match = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return int(match[1]) if match else None
+
+    @property
     def trip_count(self) -> int:
         """How often a while loop runs; 1 if the compiler does not know."""
         match = re.search(r'"known_trip_count":\{"n":"(\d+)"', self.attributes)

@@ -71,6 +71,8 @@ class Kernel(NamedTuple):
       written: bytes written to HBM, each time.
       op_name: the operation of the JAX program it stems from.
       times: how often it runs.
+      cycles: the compiler's estimate of the time, each time, in cycles of the clock;
+        None where it gives none, as for GPUs.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Kernel(NamedTuple):
     written: int
     op_name: str
     times: int = 1
+    cycles: int | None = None
 
     @property
     def traffic(self) -> int:
@@ -90,14 +93,15 @@ def kernels(text: str) -> list[Kernel]:
     """Returns the kernels of an optimized HLO module in the order of the program.
 
     Example:
-      >>> kernels('''HloModule double
+      >>> [kernel] = kernels('''HloModule double
       ...
       ... ENTRY %main (x: f32[8]) -> f32[8] {
       ...   %x = f32[8]{0} parameter(0)
       ...   ROOT %sum = f32[8]{0} add(%x, %x)
       ... }
       ... ''')
-      [Kernel(name='sum', kind='add', read=32, written=32, op_name='', times=1)]
+      >>> kernel.kind, kernel.read, kernel.written
+      ('add', 32, 32)
     """
     module = parse(text)
     return list(_kernels(module, module.entry))
@@ -166,6 +170,7 @@ def _kernel(
         read=sum(computation[name].nbytes(size) for name, size in read.items()),
         written=written,
         op_name=_op_name(module, instruction),
+        cycles=instruction.cycles,
     )
 
 

@@ -86,6 +86,10 @@ class Result(compiling.Result):
     types: dict[str, int] | None = None
     sent_bytes: int | None = None
 
+    def describe(self) -> str:
+        """Says what is compiled, and for how many devices."""
+        return f"{self.devices} x {super().describe()}"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
@@ -100,34 +104,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         timing.say(str(error))
         return 1
     timing.say(f"Numbers go to {args.json}")
-    results: list[Result] = []
-    report: dict[str, Any] = {
-        "benchmark": "scaling",
-        "what": "bytes over the network of one SGD-momentum training step, as compiled",
-        **compiling.describe(),
-        "dtype": args.dtype,
-    }
+    report = compiling.new_report(
+        "scaling",
+        "bytes over the network of one SGD-momentum training step, as compiled",
+        args.dtype,
+    )
+
+    def compile_step(result: Result) -> None:
+        measure(result, meshes[result.target, result.devices], args.dtype)
+
     for target, model in itertools.product(args.target, args.model):
-        begin = len(results)
-        cases = list(itertools.product(args.devices, args.variant))
-        with compiling.progress_bar() as bar:
-            task = bar.add_task("", total=len(cases))
-            for devices, variant in cases:
-                about = f"{target}, {model}, {devices} devices: {variant}"
-                bar.update(task, description=about)
-                result = Result(
-                    target=target,
-                    model=model,
-                    batch_size=args.batch_size,
-                    variant=variant,
-                    devices=devices,
-                )
-                measure(result, meshes[target, devices], args.dtype)
-                results.append(result)
-                report["results"] = [dataclasses.asdict(each) for each in results]
-                timing.write(args.json, report)
-                bar.advance(task)
-        print(f"\n{tables.scaling_table({'results': report['results'][begin:]})}")
+        cases = [
+            Result(
+                target=target,
+                model=model,
+                batch_size=args.batch_size,
+                variant=variant,
+                devices=devices,
+            )
+            for devices, variant in itertools.product(args.devices, args.variant)
+        ]
+        filled = compiling.fill_in(cases, compile_step, report, args.json)
+        print(f"\n{tables.scaling_table(filled)}")
     return 0
 
 

@@ -21,6 +21,7 @@ from methods import Method
 from models import IMAGE_SHAPES, linen_model
 
 _FS = sbn.FeatureSampling(1 / 64)
+_EIGHT_PATCHES = sbn.FeatureSampling(1 / 64, groups=8)
 _ONE_PATCH = sbn.FeatureSampling(1 / 64, groups=1)
 _MIXED = sbn.MixedSampling(_FS, sbn.VirtualSampling(4))
 # What is compared: flax's own layers, ours before and after folding, and the limit.
@@ -32,6 +33,7 @@ VARIANTS: dict[str, Method] = {
         Method("BS 8 folded", sampler=sbn.BatchSampling(8), folded=True),
         Method("FS 1/64", sampler=_FS),
         Method("FS 1/64 folded", sampler=_FS, folded=True),
+        Method("FS 1/64 groups=8 folded", sampler=_EIGHT_PATCHES, folded=True),
         Method("FS 1/64 groups=1 folded", sampler=_ONE_PATCH, folded=True),
         Method("FS+VDN folded", sampler=_MIXED, folded=True),
         Method("no norm", "none"),

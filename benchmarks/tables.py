@@ -21,6 +21,7 @@ _TRAFFIC = (
     Column("outside conv.", "outside_bytes", 1e9, 1),
     Column("XLA's, GB", "bytes_accessed", 1e9, 1),
     Column("memory, GB", "temp_bytes", 1e9, 2),
+    Column("estimate, M cycles", "estimated_cycles", 1e6, 1),
     Column("kernels", "kernels"),
     Column("compile, CPU s", "compile_seconds"),
 )
@@ -152,12 +153,12 @@ def traffic_table(report: Report, references: Sequence[str] = ("flax BN",)) -> s
     parts = []
     for case, rows in _cases(report, "{model} on {target}, batch {batch_size}"):
         given = by_variant(rows)
-        columns = [c for c in _TRAFFIC if any(row[c.key] is not None for row in rows)]
+        columns = [c for c in _TRAFFIC if any(row.get(c.key) for row in rows)]
         lines = []
         for row in rows:
             cells = []
             for column in columns:
-                value = row[column.key]
+                value = row.get(column.key)
                 bases = [given.get(name, {}).get(column.key) for name in references]
                 ratios = [
                     number(value / base if value and base else None) for base in bases

@@ -44,6 +44,8 @@ class Result(compiling.Result):
       temp_bytes: temporary memory: all but arguments and results.
       kernels: launches of kernels, copies among them.
       bytes_accessed: XLA's own count, memory on the chip included; TPUs only.
+      estimated_cycles: XLA's estimate of the time, in cycles of the clock; TPUs only,
+        without the kernels that it has no estimate for.
     """
 
     traffic_bytes: int | None = None
@@ -51,6 +53,7 @@ class Result(compiling.Result):
     temp_bytes: int | None = None
     kernels: int | None = None
     bytes_accessed: int | None = None
+    estimated_cycles: int | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,34 +66,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         timing.say(str(error))
         return 1
     timing.say(f"Numbers go to {args.json}")
-    results: list[Result] = []
-    report: dict[str, Any] = {
-        "benchmark": "traffic",
-        "what": "HBM traffic of one SGD-momentum training step, as compiled",
-        **compiling.describe(),
-        "dtype": args.dtype,
-    }
+    report = compiling.new_report(
+        "traffic",
+        "HBM traffic of one SGD-momentum training step, as compiled",
+        args.dtype,
+    )
+    found: dict[str, list[Kernel]] = {}
+
+    def compile_step(result: Result) -> None:
+        found[result.describe()] = measure(result, devices[result.target], args.dtype)
+
     for target, model in itertools.product(args.target, args.model):
         batch_size = args.batch_size or TARGETS[target].batch_size
-        largest = {}
-        with compiling.progress_bar() as bar:
-            task = bar.add_task("", total=len(args.variant))
-            for variant in args.variant:
-                bar.update(task, description=f"{target}, {model}: {variant}")
-                result = Result(
-                    target=target, model=model, batch_size=batch_size, variant=variant
-                )
-                largest[variant] = measure(result, devices[target], args.dtype)
-                results.append(result)
-                report["results"] = [dataclasses.asdict(each) for each in results]
-                timing.write(args.json, report)
-                bar.advance(task)
-        case = {"results": report["results"][-len(args.variant) :]}
-        print(f"\n{tables.traffic_table(case, ('flax BN', 'no norm'))}")
+        cases = [
+            Result(target=target, model=model, batch_size=batch_size, variant=variant)
+            for variant in args.variant
+        ]
+        filled = compiling.fill_in(cases, compile_step, report, args.json)
+        print(f"\n{tables.traffic_table(filled, ('flax BN', 'no norm'))}")
         if args.explain:
-            for variant, found in largest.items():
-                print(f"\n{target}, {model}, {variant}\n")
-                print(explain(found, args.explain))
+            for name in map(Result.describe, cases):
+                print(f"\n{name}\n\n{explain(found[name], args.explain)}")
     return 0
 
 
@@ -145,6 +141,8 @@ def measure(result: Result, device: Any, dtype: str) -> list[Kernel]:
     result.kernels = sum(kernel.times for kernel in found)
     if cost := compiled.cost_analysis():  # GPUs give none
         result.bytes_accessed = int(cost["bytes accessed"])
+    estimates = [k.times * k.cycles for k in found if k.cycles is not None]
+    result.estimated_cycles = sum(estimates) if estimates else None
     return found
 
 
