@@ -7,10 +7,8 @@ primitive does both, differentiates in either mode and to any order, and what it
 fuses into the gradient that it is added to. Nor does a window of a padded array need
 the padded copy.
 
-TPUs gather slowly, and slice and update in place well: there each block is one slice,
-and :func:`fork` adds its gradient in place. But XLA cannot divide slices of single
-entries among devices without every device having all entries. Where it has to, under
-``jit`` of sharded arrays, TPUs gather, too.
+TPUs gather single positions slowly, and slice and update in place well: there, see
+``tpu_blocks``, and :func:`fork` adds its gradient in place.
 """
 
 import functools
@@ -23,6 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
+
+from flax_sbn.tpu_blocks import block_shape, sliced, updated
+
+# Blocks that a TPU takes out one by one: compiling takes longer with each.
+_FEW = 16
 
 
 def batched_slice(
@@ -67,7 +70,7 @@ def _gathered(
     # One gather, whose indices run over all axes up to the last sliced one: XLA would
     # transpose the result otherwise, and then no reduction fuses with it.
     lead = max(axes) + 1
-    shape = _shape(x.shape, axes, sizes)[:lead]
+    shape = block_shape(x.shape, axes, sizes)[:lead]
     index = [
         jnp.expand_dims(start, range(1, lead))
         + lax.broadcasted_iota(jnp.int32, (1, *shape[1:]), axis)
@@ -101,89 +104,6 @@ def _gathered(
     )
     inside = jnp.expand_dims(inside, range(inside.ndim, x.ndim))
     return jnp.where(inside, blocks, jnp.zeros((), x.dtype))
-
-
-def _sliced(
-    x: jax.Array, *starts: jax.Array, axes: tuple[int, ...], sizes: tuple[int, ...]
-) -> jax.Array:
-    """One slice for each block; or, where blocks are larger, one update."""
-    shape = _shape(x.shape, axes, sizes)
-    if math.prod(shape) > math.prod(x.shape):
-        back = [-start for start in starts]
-        return _updated(jnp.zeros(shape, x.dtype), x, *back, axes=axes)
-    flat = x.reshape(-1, *x.shape[2:])  # the slices are of this, not of a reshaped copy
-    blocks = []
-    for g in range(len(x)):
-        at, extents, offsets = _inside(g, x.shape, shape, starts, axes)
-        block = lax.dynamic_slice(flat, at, extents)
-        blocks.append(_window(block, offsets, shape[1:], axes))
-    return jnp.concatenate(blocks).reshape(shape)
-
-
-def _updated(
-    x: jax.Array, blocks: jax.Array, *starts: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
-    """Adds blocks to ``x`` where they were taken, in place if the compiler can."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    flat = x.reshape(-1, *x.shape[2:])
-    for g in range(len(x)):
-        at, extents, offsets = _inside(g, x.shape, blocks.shape, starts, axes)
-        back = [-offset for offset in offsets]
-        block = _window(blocks[g], back, extents, axes)
-        old = lax.dynamic_slice(flat, at, extents)
-        total = (old.astype(wide) + block.astype(wide)).astype(x.dtype)
-        flat = lax.dynamic_update_slice(flat, total, at)
-    return flat.reshape(x.shape)
-
-
-def _inside(
-    entry: int,
-    shape: tuple[int, ...],
-    block: tuple[int, ...],
-    starts: Sequence[jax.Array],
-    axes: tuple[int, ...],
-) -> tuple[list[Any], list[int], list[Any]]:
-    """Returns the part of an entry that holds what its block shows of it.
-
-    Its start in the array whose two leading axes are one, its extents, and where the
-    block starts in it.
-    """
-    extents = [min(size, n) for size, n in zip(block[1:], shape[1:], strict=True)]
-    first: list[Any] = [jnp.int32(0)] * len(extents)
-    offsets: list[Any] = [jnp.int32(0)] * len(extents)
-    for axis, start in zip(axes, starts, strict=True):
-        last = shape[axis] - extents[axis - 1]
-        first[axis - 1] = jnp.clip(start[entry], 0, last)
-        offsets[axis - 1] = start[entry] - first[axis - 1]
-    first[0] += entry * shape[1]
-    return first, extents, offsets
-
-
-def _window(
-    block: jax.Array,
-    offsets: Sequence[jax.Array],
-    sizes: Sequence[int],
-    axes: tuple[int, ...],
-) -> jax.Array:
-    """Returns the window of a block at ``offsets``, zero where it sticks out."""
-    border = [size if axis + 1 in axes else 0 for axis, size in enumerate(sizes)]
-    padded = lax.pad(
-        block, jnp.zeros((), block.dtype), [(size, size, 0) for size in border]
-    )
-    # Farther out than its size there are zeros, too.
-    at = [
-        jnp.clip(offset + size, 0, n + size)
-        for offset, size, n in zip(offsets, border, block.shape, strict=True)
-    ]
-    return lax.dynamic_slice(padded, at, sizes)
-
-
-def _shape(
-    shape: tuple[int, ...], axes: tuple[int, ...], sizes: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Returns ``shape`` with ``sizes`` on ``axes``."""
-    extents = dict(zip(axes, sizes, strict=True))
-    return tuple(extents.get(axis, n) for axis, n in enumerate(shape))
 
 
 def _join(
@@ -309,13 +229,14 @@ def _primitive(
     primitive.def_impl(jax.jit(gathered, static_argnames=static))
     primitive.def_abstract_eval(shapes)
     lower = functools.partial(mlir.lower_fun, multiple_results=several)
-    everywhere, alone = lower(gathered), lower(sliced)
-    mlir.register_lowering(primitive, everywhere)
 
-    def on_tpu(ctx: Any, *args: Any, **params: Any) -> Any:
-        return (everywhere if _is_divided(ctx) else alone)(ctx, *args, **params)
+    def lower_for_tpu(ctx: mlir.LoweringRuleContext, *args: Any, **params: Any) -> Any:
+        x: Any = ctx.avals_in[0]
+        unrolled = x.shape[0] <= _FEW and not _is_divided(ctx)
+        return lower(functools.partial(sliced, unrolled=unrolled))(ctx, *args, **params)
 
-    mlir.register_lowering(primitive, on_tpu, platform="tpu")
+    mlir.register_lowering(primitive, lower(gathered))
+    mlir.register_lowering(primitive, lower_for_tpu, platform="tpu")
     ad.primitive_jvps[primitive] = jvp
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
@@ -325,23 +246,23 @@ def _primitive(
 _slice_p = _primitive(
     "batched_slice",
     _gathered,
-    _sliced,
+    sliced,
     _slice_jvp,
     _slice_transpose,
-    lambda x, *_, axes, sizes: x.update(shape=_shape(x.shape, axes, sizes)),
+    lambda x, *_, axes, sizes: x.update(shape=block_shape(x.shape, axes, sizes)),
 )
 _fork_p = _primitive(
     "batched_fork",
     lambda x, *starts, **params: (x, _gathered(x, *starts, **params)),
-    lambda x, *starts, **params: (x, _sliced(x, *starts, **params)),
+    lambda x, *starts, **params: (x, sliced(x, *starts, **params)),
     _fork_jvp,
     _fork_transpose,
-    lambda x, *_, axes, sizes: [x, x.update(shape=_shape(x.shape, axes, sizes))],
+    lambda x, *_, axes, sizes: [x, x.update(shape=block_shape(x.shape, axes, sizes))],
 )
 _join_p = _primitive(
     "batched_join",
     _join,
-    _updated,
+    updated,
     _join_jvp,
     _join_transpose,
     lambda x, *_, axes: x.update(),

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from flax_sbn import batched_slice as module
+from flax_sbn import tpu_blocks
 from flax_sbn.batched_slice import batched_slice, fork
 from tests import cases
 from tests.devices import collectives, mesh
@@ -69,12 +70,19 @@ def added(x, blocks, name):
     return x
 
 
-def tpu_slice(x, starts, axes, sizes):
+def tpu_slice(unrolled, x, starts, axes, sizes):
     """What a TPU runs instead of a gather."""
-    return module._sliced(x, *starts, axes=axes, sizes=sizes)
+    return tpu_blocks.sliced(x, *starts, axes=axes, sizes=sizes, unrolled=unrolled)
 
 
-@pytest.mark.parametrize("function", [batched_slice, tpu_slice])
+FUNCTIONS = {
+    "gathered": batched_slice,
+    "tpu-one-by-one": functools.partial(tpu_slice, True),
+    "tpu-together": functools.partial(tpu_slice, False),
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bool", "int8", "bfloat16", "complex64"])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks_are_what_indexing_takes_and_zero_outside(name, dtype, function):
@@ -129,13 +137,15 @@ def test_a_slice_is_its_own_transpose_at_the_negated_start(name):
     )
 
 
+@pytest.mark.parametrize("unrolled", [True, False], ids=["one-by-one", "together"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_tpu_adds_blocks_to_the_array(name, dtype):
+def test_a_tpu_adds_blocks_to_the_array(name, dtype, unrolled):
     x = cases.inputs(SHAPE, dtype)
     starts, axes, _ = block_arguments(name)
     blocks = cases.inputs(taken(x, name).shape, dtype, seed=1)
-    actual = jax.jit(functools.partial(module._updated, axes=axes))(x, blocks, *starts)
+    update = functools.partial(tpu_blocks.updated, axes=axes, unrolled=unrolled)
+    actual = jax.jit(update)(x, blocks, *starts)
     other = jax.jit(functools.partial(module._join, axes=axes))(x, blocks, *starts)
     # The same single addition in float32, and one rounding.
     chex.assert_trees_all_equal(actual, other, strict=True)
@@ -209,8 +219,9 @@ def squares(x):
     return sum((y**2).sum() for y in fork(x, *block_arguments("sticking-out")))
 
 
-GATHERED = (["gather"], ["scatter"])
+GATHERED = (["gather"], ["scatter", "dynamic_slice"])
 SLICED = (["dynamic_slice", "dynamic_update_slice"], ["gather", "scatter"])
+TOGETHER = (["gather", "scatter"], ["dynamic_slice", "dynamic_update_slice"])
 
 
 def assert_lowered(gradient, x, platform, expected):
@@ -219,7 +230,7 @@ def assert_lowered(gradient, x, platform, expected):
     program = exported(x).mlir_module()
     present, absent = expected
     for name in present:
-        assert f"stablehlo.{name}" in program
+        assert f'"stablehlo.{name}"' in program or f" stablehlo.{name} " in program
     for name in absent:
         assert f"stablehlo.{name}" not in program
 
@@ -231,13 +242,24 @@ def test_no_scatter_is_left_in_the_gradient(platform, expected):
     assert_lowered(jax.grad(squares), jnp.ones(SHAPE), platform, expected)
 
 
+def test_a_tpu_takes_many_blocks_together():
+    axes, sizes, starts = BLOCKS["sticking-out"]
+    starts = [jnp.array(start * 5, jnp.int32) for start in starts]
+
+    def loss(x):
+        return sum((y**2).sum() for y in fork(x, starts, axes, sizes))
+
+    x = jnp.ones((5 * SHAPE[0], *SHAPE[1:]))
+    assert_lowered(jax.grad(loss), x, "tpu", TOGETHER)
+
+
 @pytest.mark.parametrize(
     ("mapped", "expected"),
-    [((), GATHERED), (("data",), GATHERED), (("data", "model"), SLICED)],
+    [((), TOGETHER), (("data",), TOGETHER), (("data", "model"), SLICED)],
     ids=str,
 )
-def test_tpus_slice_only_what_xla_need_not_divide(mapped, expected):
-    # Of slices of single rows, XLA makes every device gather the rows of all.
+def test_tpus_slice_one_by_one_only_what_xla_need_not_divide(mapped, expected):
+    # Every device would have to gather the rows of all.
     devices = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
     sharding = NamedSharding(devices, P("data"))
     gradient, rows = jax.grad(squares), SHAPE[0]
@@ -252,6 +274,21 @@ def test_tpus_slice_only_what_xla_need_not_divide(mapped, expected):
         rows *= 2
     x = jax.ShapeDtypeStruct((rows, *SHAPE[1:]), jnp.float32, sharding=sharding)
     assert_lowered(gradient, x, "tpu", expected)
+
+
+@pytest.mark.parametrize("used", ["slice", "update"])
+def test_blocks_that_a_tpu_takes_together_stay_on_their_device(used):
+    sharding = NamedSharding(mesh(), P("data"))
+    axes, sizes, starts = BLOCKS["sticking-out"]
+    starts = [jnp.array(start * 2, jnp.int32) for start in starts]
+    x = jax.ShapeDtypeStruct((8, *SHAPE[1:]), jnp.float32, sharding=sharding)
+    blocks = x.update(shape=tpu_blocks.block_shape(x.shape, axes, sizes))
+    if used == "slice":
+        sent = collectives(lambda x: tpu_slice(False, x, starts, axes, sizes), x)
+    else:
+        update = functools.partial(tpu_blocks.updated, axes=axes, unrolled=False)
+        sent = collectives(lambda x, blocks: update(x, blocks, *starts), x, blocks)
+    assert sent == []
 
 
 def test_sharded_along_the_leading_axis_it_moves_nothing():
