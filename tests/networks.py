@@ -26,6 +26,7 @@ class Norm:
     folded: bool = False
     none: bool = False
     momentum: float = 0.9
+    ghost_groups: int = 1
 
 
 class Network(nn.Module):
@@ -46,7 +47,10 @@ class Network(nn.Module):
                 x = sbn.linen.ConvNorm(4, (3, 3), activation=nn.relu, **options)(x)
             else:
                 x = nn.Conv(4, (3, 3), use_bias=False)(x)
-                x = nn.relu(sbn.linen.BatchNorm(**options)(x))
+                norm = sbn.linen.BatchNorm(
+                    ghost_groups=self.norm.ghost_groups, **options
+                )
+                x = nn.relu(norm(x))
         return nn.Dense(CLASSES)(x.mean((1, 2)))
 
 
@@ -69,7 +73,8 @@ class NNXNetwork(nnx.Module):
                 layers += [layer]
             else:
                 conv = nnx.Conv(width, 4, (3, 3), use_bias=False, rngs=rngs)
-                layers += [conv, sbn.nnx.BatchNorm(4, **options), nnx.relu]
+                bn = sbn.nnx.BatchNorm(4, ghost_groups=norm.ghost_groups, **options)
+                layers += [conv, bn, nnx.relu]
             width = 4
         self.layers = nnx.List(layers)
         self.head = nnx.Linear(width, CLASSES, rngs=rngs)

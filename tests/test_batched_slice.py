@@ -153,6 +153,16 @@ def test_a_tpu_adds_blocks_to_the_array(name, dtype, unrolled):
         chex.assert_trees_all_close(actual, added(x, blocks, name), rtol=1e-6)
 
 
+@pytest.mark.parametrize("unrolled", [True, False], ids=["one-by-one", "together"])
+def test_a_tpu_takes_blocks_of_arrays_with_axes_of_one(unrolled):
+    x = cases.inputs((4, 1, 5, 1))
+    starts, axes, sizes = block_arguments("one-axis")
+    blocks = tpu_slice(unrolled, x, starts, axes, sizes)
+    chex.assert_trees_all_equal(blocks, batched_slice(x, starts, axes, sizes))
+    actual = tpu_blocks.updated(x, blocks, *starts, axes=axes, unrolled=unrolled)
+    chex.assert_trees_all_equal(actual, module._join(x, blocks, *starts, axes=axes))
+
+
 @pytest.mark.parametrize("name", ["sticking-out", "longer-and-narrower"])
 def test_both_modes_and_second_order(name, x64):
     arguments = block_arguments(name)

@@ -148,6 +148,22 @@ def test_statistics_of_each_device_send_nothing_more(case):
     assert [kind for kind, *_ in found] == ["all-reduce"]
 
 
+@pairs(sampler=LOCAL, way=["jit", "explicit"], step=[linen_step, nnx_step])
+def test_a_group_for_each_device_sends_nothing_more_under_jit(case):
+    norm = Norm(case["sampler"], ghost_groups=SHARDS)
+    found = sent(case["way"], norm, case["step"])
+    assert [kind for kind, *_ in found] == ["all-reduce"]
+
+
+@pytest.mark.parametrize("way", ["jit", "explicit"])
+def test_groups_of_rows_have_the_numbers_of_one_device(way):
+    norm = Norm(sbn.FeatureSampling(1 / 4), ghost_groups=SHARDS)
+    params, state, loss = linen_step(norm)
+    args = (params, state, *batch(), KEY)
+    expected = jax.jit(functools.partial(gradients, loss))(*args)
+    assert_trees_close(WAYS[way](loss, *args), expected, num=math.prod(SHAPE[:3]))
+
+
 def assert_sums_of_features(found, forward, times=1):
     """Asserts how much is sent: kernels' gradients, and small sums in each layer."""
     assert {kind for kind, *_ in found} == {"all-reduce"}

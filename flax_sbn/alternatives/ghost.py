@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_sbn.normalization import batch_norm
+from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.statistics import Axis, Statistics, broadcast_mask, reduction_axes
 
 
@@ -19,6 +20,7 @@ def ghost_batch_norm(
     axis: Axis = -1,
     key: jax.Array | None = None,
     mask: ArrayLike | None = None,
+    running: Statistics | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Statistics]:
     r"""Normalizes equal groups of consecutive rows, each with its own statistics.
@@ -37,6 +39,8 @@ def ghost_batch_norm(
       axis: the feature axis or axes.
       key: random key; each group draws with one of its own.
       mask: booleans that broadcast to ``x``: False is not measured.
+      running: running statistics, see ``running_weight`` of
+        :func:`flax_sbn.batch_norm`.
       **options: those of :func:`flax_sbn.batch_norm`, for every group.
 
     Returns:
@@ -66,19 +70,34 @@ def ghost_batch_norm(
             f"Expected groups that divide the batch size, got {num_groups=} and batch "
             f"size {x.shape[rows]}. Change either."
         )
+    options = {"axis": axis, **options}
     if num_groups == 1:
-        return batch_norm(x, scale, bias, axis=axis, key=key, mask=mask, **options)
+        return batch_norm(
+            x, scale, bias, key=key, mask=mask, running=running, **options
+        )
 
-    def grouped(array: jax.Array) -> jax.Array:
-        shape = (*x.shape[:rows], num_groups, -1, *x.shape[rows + 1 :])
-        return array.reshape(shape)
-
-    def norm(
-        x: jax.Array, key: jax.Array | None, mask: jax.Array | None
+    def norm_groups(
+        x: jax.Array,
+        scale: ArrayLike | None,
+        bias: ArrayLike | None,
+        key: jax.Array | None,
+        mask: jax.Array | None,
+        running: Statistics | None,
     ) -> tuple[jax.Array, Statistics]:
-        return batch_norm(x, scale, bias, axis=axis, key=key, mask=mask, **options)
+        def norm(x: jax.Array, key: jax.Array | None, mask: jax.Array | None) -> Any:
+            return batch_norm(
+                x, scale, bias, key=key, mask=mask, running=running, **options
+            )
 
-    keys = None if key is None else jax.random.split(key, num_groups)
-    masks = None if mask is None else grouped(broadcast_mask(mask, x.shape))
-    y, statistics = jax.vmap(norm, (rows, 0, rows), (rows, 0))(grouped(x), keys, masks)
-    return y.reshape(x.shape), jax.tree.map(lambda each: each.mean(0), statistics)
+        shape = (*x.shape[:rows], num_groups, -1, *x.shape[rows + 1 :])
+        keys = None if key is None else jax.random.split(key, num_groups)
+        masks = None if mask is None else broadcast_mask(mask, x.shape).reshape(shape)
+        y, statistics = jax.vmap(norm, (rows, 0, rows), (rows, 0))(
+            x.reshape(shape), keys, masks
+        )
+        return y.reshape(x.shape), jax.tree.map(lambda each: each.mean(0), statistics)
+
+    result: tuple[jax.Array, Statistics] = laid_out_by_xla(
+        norm_groups, x, scale, bias, key, mask, running, like_x=(True, False)
+    )
+    return result
