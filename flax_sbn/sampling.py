@@ -206,7 +206,8 @@ class FeatureSampling:
       groups: the rows are split into the largest number of equal runs that is at most
         ``groups``, each with a patch of its own, all of them spread over the map; None
         for a patch for every row. ``groups=1`` is the paper's FS, which lets the noise
-        of the one place into the statistics; groups, and ``min_values``, are ours.
+        of the one place into the statistics; groups, and ``min_values``, are ours. On a
+        TPU a group costs time, take a few there.
 
     Raises:
       ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
