@@ -148,7 +148,11 @@ def test_statistics_of_each_device_send_nothing_more(case):
     assert [kind for kind, *_ in found] == ["all-reduce"]
 
 
-@pairs(sampler=LOCAL, way=["jit", "explicit"], step=[linen_step, nnx_step])
+@pairs(
+    sampler=[None, sbn.BatchSampling(2), sbn.FeatureSampling(1 / 4)],
+    way=["jit", "explicit"],
+    step=[linen_step, nnx_step],
+)
 def test_a_group_for_each_device_sends_nothing_more_under_jit(case):
     norm = Norm(case["sampler"], ghost_groups=SHARDS)
     found = sent(case["way"], norm, case["step"])

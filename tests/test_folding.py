@@ -32,7 +32,7 @@ AFTER = {
     "masked": [False, True],
 }
 # Of these the others are made; with causal borders all meet.
-PARTS = ["BS-strata", "FS-one-patch", "FS", "VDN-strata", "FS+VDN"]
+PARTS = ["BS-strata", "FS-one-patch", "FS", "FS+VDN"]
 CONVOLUTIONS = [
     *cases.pairwise(
         border=list(cases.BORDERS), **GEOMETRY, **AFTER | {"sampler": PARTS}
@@ -40,12 +40,12 @@ CONVOLUTIONS = [
     *cases.pairwise(
         border=["CAUSAL"],
         **{option: values[-2:] for option, values in GEOMETRY.items()} | {"rank": [1]},
-        **AFTER,
+        **AFTER | {"affine": ["both", "none"]},
     ),
 ]
 DENSE = [
     case
-    for case in cases.pairwise(extent=[(), (7,), (4, 5)], **AFTER)
+    for case in cases.pairwise(extent=[(), (4, 5)], **AFTER)
     if case["extent"] or case["sampler"] not in cases.SPATIAL
 ]
 
