@@ -24,8 +24,6 @@ CASES = pytest.mark.parametrize(
     [
         (linen_step, "all", False),
         (linen_step, "BS", True),
-        (linen_step, "FS+VDN", False),
-        (nnx_step, "all", False),
         (nnx_step, "BS", False),
         (nnx_step, "FS+VDN", True),
     ],

@@ -18,8 +18,6 @@ from tests.samples import KEY
 
 SAMPLERS = {
     "all": None,
-    "BS": sbn.BatchSampling(16),
-    "FS-rows": sbn.FeatureSampling(1 / 4, groups=None),
     **cases.SAMPLERS,
 }
 SHAPE = (32, 8, 8, 3)

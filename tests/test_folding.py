@@ -32,7 +32,7 @@ AFTER = {
     "masked": [False, True],
 }
 # Of these the others are made; with causal borders all meet.
-PARTS = ["BS-strata", "FS-one-patch", "FS", "FS+VDN"]
+PARTS = ["BS-strata", "FS", "FS+VDN"]
 CONVOLUTIONS = [
     *cases.pairwise(
         border=list(cases.BORDERS), **GEOMETRY, **AFTER | {"sampler": PARTS}

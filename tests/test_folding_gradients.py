@@ -22,10 +22,8 @@ DILATED = functools.partial(
 LAYERS = {
     "BS": (CONVOLUTION, (8, 9, 2), (2, 2, 2)),
     "FS": (CONVOLUTION, (8, 9, 2), (2, 2, 2)),
-    "FS-one-patch": (DILATED, (8, 4, 2), (2, 1, 2)),
     "FS+VDN": (DILATED, (8, 4, 2), (2, 1, 2)),
     "BS+VDN": (sbn.dense_norm, (8, 3), (3, 2)),
-    "VDN-strata": (sbn.dense_norm, (8, 3), (3, 2)),
 }
 
 

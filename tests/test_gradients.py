@@ -57,7 +57,7 @@ def test_a_shift_of_everything_has_no_gradient(name, x64):
     assert_close(dx.mean((0, 1, 2)), np.zeros(2), "float64")
 
 
-@pytest.mark.parametrize("name", ["BS-strata", "FS", "VDN-strata", "FS+VDN", "BS+VDN"])
+@pytest.mark.parametrize("name", ["BS-strata", "FS", "FS+VDN"])
 def test_gradients_agree_with_finite_differences_to_second_order(name, x64):
     shape = cases.SHAPES[3]
     x = cases.inputs(shape, "float64")
