@@ -40,8 +40,7 @@ def sliced(
             for entry in range(len(x))
         ]
         return jnp.concatenate(blocks).reshape(shape)
-    kept, at = _longer_axes(x, at)
-    parts = _slices(_only(x, kept), at, [extents[axis - 1] for axis in kept])
+    parts = _slices(*_squeezed(x, at, extents))
     return jax.vmap(window)(parts.reshape(len(x), *extents), *offsets)
 
 
@@ -64,12 +63,11 @@ def updated(
             total = _sum(lax.dynamic_slice(result, start, extents), block)
             result = lax.dynamic_update_slice(result, total, start)
         return result.reshape(x.shape)
-    kept, at = _longer_axes(x, at)
-    part = _only(x, kept)
-    old = _slices(part, at, [extents[axis - 1] for axis in kept])
+    squeezed, at, extents = _squeezed(x, at, extents)
+    old = _slices(squeezed, at, extents)
     total = _sum(old, jax.vmap(window)(blocks, *back).reshape(old.shape))
     return jax.vmap(lambda x, total, *at: lax.dynamic_update_slice(x, total, at))(
-        part, total, *at
+        squeezed, total, *at
     ).reshape(x.shape)
 
 
@@ -146,18 +144,17 @@ def _joined_start(
     return [first + entry * x.shape[1], *others]
 
 
-def _longer_axes(
-    x: jax.Array, starts: Sequence[jax.Array]
-) -> tuple[list[int], list[jax.Array]]:
-    """Returns the axes of more than one, and the starts on them.
+def _squeezed(
+    x: jax.Array, starts: Sequence[jax.Array], sizes: Sequence[int]
+) -> tuple[jax.Array, list[jax.Array], list[int]]:
+    """Leaves out axes of one, but for the first, and the slices' starts and sizes there.
 
-    An axis of one would be part of the layout that a TPU gathers in, which it would
-    copy the array for.
+    They would be part of the layout that a TPU gathers in, which it would copy the
+    array for.
     """
     kept = [axis for axis in range(1, x.ndim) if x.shape[axis] > 1]
-    return kept, [starts[axis - 1] for axis in kept]
-
-
-def _only(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """Leaves out all axes but the first and these, which are of one."""
-    return x.reshape(len(x), *(x.shape[axis] for axis in axes))
+    return (
+        x.reshape(len(x), *(x.shape[axis] for axis in kept)),
+        [starts[axis - 1] for axis in kept],
+        [sizes[axis - 1] for axis in kept],
+    )
