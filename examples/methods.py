@@ -47,10 +47,10 @@ _KINDS = {
 _SAMPLED = {"batch", "renorm", "diminishing", "l1", "range", "bnet", "ic", "kalman"}
 _FOLDED = {"batch", "renorm", "diminishing", "l1", "range"}
 _COUNTED = {"ghost": 4, "ba": 2}  # names that a number may follow
-NAMES = (*_KINDS, "ns", "bs", "fs", "vdn", "fs+vdn", "bs+vdn")
-DEFAULT = ("bn", "ns:1", "bs:4", "fs:1/64", "vdn:2", "fs:1/64+vdn:4")
+NAMES = (*_KINDS, "lattice", "ns", "bs", "fs", "vdn", "lattice+vdn", "fs+vdn", "bs+vdn")
+DEFAULT = ("bn", "lattice", "ns:1", "bs:4", "fs:1/64", "vdn:2", "lattice+vdn:4")
 
-_AMOUNTS = {"ns": "1", "bs": "4", "fs": "1/64", "vdn": "2"}
+_AMOUNTS = {"lattice": "8", "ns": "1", "bs": "4", "fs": "1/64", "vdn": "2"}
 _SAMPLERS = {
     cls.__name__: cls
     for cls in (
@@ -58,6 +58,7 @@ _SAMPLERS = {
         sbn.BatchSampling,
         sbn.CopySampling,
         sbn.FeatureSampling,
+        sbn.LatticeSampling,
         sbn.VirtualSampling,
         sbn.MixedSampling,
     )
@@ -258,6 +259,7 @@ def _parse_short(text: str) -> sbn.Sampler:
             f"{error}"
         ) from error
     cls = {
+        "lattice": sbn.LatticeSampling,
         "ns": sbn.NaiveSampling,
         "bs": sbn.BatchSampling,
         "vdn": sbn.VirtualSampling,

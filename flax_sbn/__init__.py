@@ -12,6 +12,7 @@ from flax_sbn import alternatives, linen, nnx, optim
 from flax_sbn.activation import relu
 from flax_sbn.augmentation import augment_batch, repeat_rows
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold
+from flax_sbn.lattice import LatticeSampling
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import (
@@ -38,6 +39,7 @@ __all__ = [
     "BatchSampling",
     "CopySampling",
     "FeatureSampling",
+    "LatticeSampling",
     "MixedSampling",
     "NaiveSampling",
     "NormOptions",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
+from flax_sbn.lattice import Lattice
 from flax_sbn.windows import Part, Windows
 
 Padding = str | int | Sequence[int | tuple[int, int]]
@@ -54,9 +55,9 @@ class Convolution:
             ),
         )
 
-    def fork(
+    def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array, "Convolution"]:
+    ) -> tuple[jax.Array, "Convolution"]:
         """Returns the input below a part of the output, and the convolution there.
 
         Args:
@@ -65,43 +66,74 @@ class Convolution:
           extent: extent of the output's spatial axes.
 
         Returns:
-          ``x``, the input below the part, and what to apply to that.
+          The input below the part, and what to apply to that.
         """
-        if not part.windows:
-            return x, x, self
-        first, *rest = part.windows
-        x, below, here = self._below(x, first, extent)
-        for windows in rest:
-            extent = first.sizes[1:]
-            first = windows
-            _, below, here = here._below(below, windows, extent)
-        return x, below, here
+        here = self
+        for selection in part.windows:
+            if isinstance(selection, Lattice):
+                x, here = here._below_lattice(x, selection)
+            else:
+                x, here = here._below_windows(x, selection, extent)
+            extent = selection.sampled_shape((len(x), *extent))[1:]
+        return x, here
 
-    def _below(
+    def _below_lattice(
+        self, x: jax.Array, lattice: Lattice
+    ) -> tuple[jax.Array, "Convolution"]:
+        x = self._dilated(x, range(len(self.window)))
+        sizes = self._reach([1] * len(self.window))
+        starts = [
+            [
+                at * stride - before
+                for at, stride, (before, _) in zip(
+                    position, self.strides, self.padding, strict=True
+                )
+            ]
+            for position in lattice.positions
+        ]
+        here = dataclasses.replace(
+            self,
+            strides=tuple(sizes),
+            padding=((0, 0),) * len(sizes),
+            input_dilation=(1,) * len(sizes),
+        )
+        return lattice.windows(x, starts, sizes), here
+
+    def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array, "Convolution"]:
-        starts, sizes = [windows.starts[0]], [windows.sizes[0]]
+    ) -> tuple[jax.Array, "Convolution"]:
+        cut = [i for i, n in enumerate(extent) if windows.sizes[i + 1] != n]
+        x = self._dilated(x, cut)
+        starts, sizes = list(windows.starts), [windows.sizes[0], *x.shape[1:-1]]
         padding, dilation = list(self.padding), list(self.input_dilation)
-        gaps = [(0, 0, 0)] * x.ndim
-        for i, whole in enumerate(extent):
-            start, size = windows.starts[i + 1], windows.sizes[i + 1]
-            if size == whole:
-                starts.append(0)
-                sizes.append(x.shape[i + 1])
-                continue
-            starts.append(start * self.strides[i] - padding[i][0])
-            reach = (self.window[i] - 1) * self.kernel_dilation[i]
-            sizes.append((size - 1) * self.strides[i] + reach + 1)
-            gaps[i + 1] = (0, 0, dilation[i] - 1)
-            padding[i], dilation[i] = (0, 0), 1
+        reach = self._reach(windows.sizes[1:])
+        for i in range(len(extent)):
+            starts[i + 1] = 0
+            if i in cut:
+                at = windows.starts[i + 1] * self.strides[i]
+                starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
+                padding[i], dilation[i] = (0, 0), 1
         here = dataclasses.replace(
             self, padding=tuple(padding), input_dilation=tuple(dilation)
         )
-        window = Windows(windows.runs, tuple(starts), tuple(sizes))
-        if any(gap for _, _, gap in gaps):
-            dilated = lax.pad(x, jnp.zeros((), x.dtype), gaps)
-            return x, window.fork(dilated)[1], here
-        return *window.fork(x), here
+        return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), here
+
+    def _reach(self, sizes: Sequence[int]) -> list[int]:
+        """Returns the extent of the input that a block of the output sees."""
+        return [
+            (size - 1) * stride + (window - 1) * dilation + 1
+            for size, stride, window, dilation in zip(
+                sizes, self.strides, self.window, self.kernel_dilation, strict=True
+            )
+        ]
+
+    def _dilated(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Returns the input with the zeros of its dilation on some spatial axes."""
+        gaps = [n - 1 if i in axes else 0 for i, n in enumerate(self.input_dilation)]
+        if not any(gaps):
+            return x
+        inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
+        return lax.pad(x, jnp.zeros((), x.dtype), inner)
 
 
 def make_convolution(

@@ -9,7 +9,7 @@ spatial axes (any number), ``I`` input and ``C`` output features.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,18 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import Extents, Padding, make_convolution
-from flax_sbn.half_precision import add_shift, offset, round_to
+from flax_sbn.half_precision import round_to
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
-from flax_sbn.sampling import Sampler, sampled_parts
+from flax_sbn.sampled_fold import Layer, Linear, fixed_fold, fixed_fold_applies, fold_kernel
+from flax_sbn.sampling import Sampler, needs_key, sampled_parts
 from flax_sbn.sharding import laid_out_by_xla, varying_like
 from flax_sbn.statistics import (
     Measure,
     Statistics,
     broadcast_mask,
     part_statistics,
+    wide,
 )
 from flax_sbn.windows import Part
 
@@ -116,14 +118,7 @@ def fold(
                 f"{jnp.shape(value)} for a kernel of shape {kernel.shape}. Is "
                 "the kernel's last axis that of the output features?"
             )
-    factor = lax.rsqrt(statistics.var + epsilon)
-    if scale is not None:
-        factor = factor * scale
-    shift = -statistics.mean * factor
-    # Spelled out, so that its gradient sums over all other axes at once: a sum that
-    # leaves out those of extent one takes XLA thirty times as long on a CPU.
-    each = jnp.broadcast_to(factor, kernel.shape)
-    return kernel * each, shift if bias is None else shift + bias
+    return fold_kernel(kernel, statistics, scale, bias, epsilon=epsilon)
 
 
 def conv_norm(
@@ -327,16 +322,6 @@ def dense_norm(
     )
 
 
-class _Linear(Protocol):
-    """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array: ...
-
-    def fork(
-        self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array, "_Linear"]: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class _Product:
     """A matrix product, position by position."""
@@ -346,18 +331,14 @@ class _Product:
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         return self.function(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
-    def fork(
+    def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, jax.Array, "_Product"]:
-        below = x
-        for i, windows in enumerate(part.windows):
-            again, below = windows.fork(below)
-            x = again if i == 0 else x
-        return x, below, self
+    ) -> tuple[jax.Array, "_Product"]:
+        return part.take(x, range(x.ndim - 1)), self
 
 
 def _linear_norm(
-    linear: _Linear,
+    linear: Linear,
     x: jax.Array,
     batch: tuple[int, ...],
     kernel: jax.Array,
@@ -379,7 +360,7 @@ def _linear_norm(
     dtype: DTypeLike | None = None,
     **pooling: Any,
 ) -> tuple[jax.Array, Statistics]:
-    """Measures, folds and applies; ``batch`` is the shape that the rows of x had."""
+    """Measures, folds and applies; ``batch`` is the shape that the images of x had."""
     given = [array for array in (x, kernel, scale, bias) if array is not None]
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     correct = correct or correction(running_weight, epsilon)
@@ -391,12 +372,34 @@ def _linear_norm(
     y_shape = (*batch, *shape[1:])
     if mask is not None:
         mask = broadcast_mask(mask, y_shape).reshape(shape)
+    layer = Layer(linear, shape[1:-1], epsilon, jnp.finfo(x.dtype).bits < 32)
+    fixed = () if needs_key(sampler) else sampled_parts(sampler, shape[:-1], key)
 
-    if sampler is None and statistics is None:
+    def measured(
+        parts: Sequence[Part],
+        values: Sequence[jax.Array],
+        mask: jax.Array | None,
+        running: Statistics | None,
+    ) -> Statistics:
+        axes = tuple(range(len(shape) - 1))
+        return part_statistics(
+            parts,
+            values,
+            axes,
+            masks=None if mask is None else [part.take(mask, axes) for part in parts],
+            running=running,
+            measure=measure,
+            **pooling,
+        )
+
+    if statistics is not None:
+        y = layer.apply(x, kernel, statistics, None, scale, bias)
+    elif any(not part.windows for part in fixed):  # all of it: nothing to fold
         y, statistics = batch_norm(
             linear(x, narrow),
             scale,
             bias,
+            sampler=sampler,
             mask=mask,
             use_fast_variance=use_fast_variance,
             running=running,
@@ -406,64 +409,43 @@ def _linear_norm(
             dtype=result_dtype,
             **pooling,
         )
+    elif fixed_fold_applies(x, fixed):
+
+        def target(
+            values: Sequence[jax.Array], mask: Any, running: Any
+        ) -> tuple[Statistics, Statistics]:
+            statistics = measured(fixed, values, mask, running)
+            return statistics, varying_like(x, correct(statistics, running))
+
+        y, statistics = fixed_fold(
+            layer,
+            fixed,
+            target,
+            x,
+            kernel,
+            scale,
+            bias,
+            (mask, running),
+            with_mean=mask is None,
+        )
     else:
-        half = jnp.finfo(x.dtype).bits < 32
-        mean = None
-        if statistics is None:
-            measured = functools.partial(
-                _measured,
-                linear=linear,
-                sampler=sampler,
-                shape=shape,
-                with_mean=half and mask is None,
-                measure=measure,
-                **pooling,
-            )
-            x, (statistics, mean) = laid_out_by_xla(
-                measured, x, narrow, key, mask, running, like_x=(True, False)
-            )
-            target = correct(statistics, running)
-        else:
-            target = statistics
-        target = varying_like(x, target)
-        folded, shift = fold(kernel, target, scale, bias, epsilon=epsilon)
-        applied = round_to(folded, x.dtype)
-        if mean is not None:
-            rounded, _ = fold(narrow, target, scale, bias, epsilon=epsilon)
-            shift -= offset(mean, applied, rounded)
-        y = linear(x, applied)
-        y = add_shift(y, shift) if half else y + shift
+
+        def sampled(
+            x: jax.Array,
+            kernel: jax.Array,
+            key: jax.Array | None,
+            mask: jax.Array | None,
+            running: Statistics | None,
+        ) -> tuple[Statistics, jax.Array | None]:
+            parts = sampled_parts(sampler, shape[:-1], key)
+            values = layer.read(parts, x.astype(kernel.dtype), kernel)
+            mean = layer.mean_below(parts, x) if mask is None else None
+            return measured(parts, values, mask, running), mean
+
+        # From the wide input, so that gradients are added before they are rounded.
+        broad = wide(x)
+        statistics, mean = laid_out_by_xla(sampled, broad, narrow, key, mask, running)
+        target = varying_like(x, correct(statistics, running))
+        y = layer.apply(broad.astype(x.dtype), kernel, target, mean, scale, bias)
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics
-
-
-def _measured(
-    x: jax.Array,
-    kernel: jax.Array,
-    key: jax.Array | None,
-    mask: jax.Array | None,
-    running: Statistics | None,
-    *,
-    linear: _Linear,
-    sampler: Sampler | None,
-    shape: tuple[int, ...],
-    with_mean: bool,
-    **options: Any,
-) -> tuple[jax.Array, tuple[Statistics, jax.Array | None]]:
-    """Returns the input, what a sample of the output has, and that of the input's mean.
-
-    The input that is returned collects the gradients of all its uses.
-    """
-    axes = tuple(range(x.ndim - 1))
-    parts = sampled_parts(sampler, shape[:-1], key)
-    values, means = [], []
-    for part in parts:
-        x, below, here = linear.fork(x, part, shape[1:-1])
-        values.append(here(below, kernel))
-        if with_mean:
-            means.append(part.weight * below.mean(axes, dtype=jnp.float32))
-    masks = None if mask is None else [part.take(mask, axes) for part in parts]
-    statistics = part_statistics(
-        parts, values, axes, masks=masks, running=running, **options
-    )
-    return x, (statistics, functools.reduce(jnp.add, means) if means else None)

@@ -433,7 +433,8 @@ class MixedSampling:
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the virtual rows, and the real sampler's positions in the others."""
         real, virtual = self.virtual.split(shape)
-        if real.shape[0] == 0:
+        seen = real.sampled_shape(shape)
+        if seen[0] == 0:
             raise ValueError(
                 f"Expected num_virtual < batch size for {self}, got "
                 f"num_virtual={self.virtual.num_virtual} and batch size {shape[0]}. "
@@ -444,7 +445,7 @@ class MixedSampling:
             Part(w, (virtual,)),
             *(
                 Part((1 - w) * part.weight, (real, *part.windows))
-                for part in self.real.parts(real.shape, key)
+                for part in self.real.parts(seen, key)
             ),
         )
 

@@ -10,6 +10,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 
+def is_explicit(x: jax.Array) -> bool:
+    """Whether the array's type says how it is laid out over devices."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+
+
 def laid_out_by_xla(
     function: Callable[..., Any], x: jax.Array, *args: Any, like_x: Any = False
 ) -> Any:
@@ -25,10 +30,10 @@ def laid_out_by_xla(
       like_x: for each result, or tree of results, whether it is laid out as ``x`` is.
         If not, every device has it.
     """
+    if not is_explicit(x):
+        return function(x, *args)
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
-    if AxisType.Explicit not in mesh.axis_types:
-        return function(x, *args)
     everywhere = NamedSharding(mesh, PartitionSpec())
     axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return jax.sharding.auto_axes(

@@ -10,14 +10,14 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_sbn.batched_slice import batched_slice, fork
+from flax_sbn.batched_slice import batched_slice
 
 Start = int | jax.Array
 
@@ -38,9 +38,8 @@ class Windows:
     starts: tuple[Start, ...]
     sizes: tuple[int, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Extent of all blocks together, one after the other along the rows."""
+    def sampled_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the extent of all blocks together, one after the other."""
         return (self.runs * self.sizes[0], *self.sizes[1:])
 
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
@@ -73,17 +72,13 @@ class Windows:
             blocks = jnp.moveaxis(blocks, rows, 0)  # axes after the rows stay
             blocks = batched_slice(blocks, each, along, extents)
             blocks = jnp.moveaxis(blocks, 0, rows)
-        return blocks.reshape(*before, self.shape[0], *blocks.shape[rows + 2 :])
+        return blocks.reshape(*before, self.runs * self.sizes[0], *blocks.shape[rows + 2 :])
 
-    def fork(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns ``x`` and the blocks, such that their gradients add up in one go.
+    def below(self, x: jax.Array) -> jax.Array:
+        """Returns what :meth:`take` would, where any block may stick out.
 
         Args:
-          x: an array whose first axes are those of the windows. Any block may stick
-            out of it: zeros are read there.
-
-        Returns:
-          ``x``, and what :meth:`take` would return.
+          x: an array whose first axes are those of the windows. Zeros are read outside.
         """
         runs = x.reshape(self.runs, -1, *x.shape[1:])
         sliced = [
@@ -94,10 +89,10 @@ class Windows:
             if not (isinstance(start, int) and start == 0 and size == runs.shape[axis])
         ]
         if not sliced:
-            return x, x
+            return x
         axes, starts, sizes = zip(*sliced, strict=True)
-        runs, blocks = fork(runs, starts, axes, sizes)
-        return runs.reshape(x.shape), blocks.reshape(-1, *blocks.shape[2:])
+        blocks = batched_slice(runs, starts, axes, sizes)
+        return blocks.reshape(-1, *blocks.shape[2:])
 
 
 def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
@@ -105,6 +100,16 @@ def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.A
     if len(fixed) < len(starts):
         return lax.dynamic_slice(x, [jnp.asarray(s, jnp.int32) for s in starts], sizes)
     return lax.slice(x, fixed, [a + n for a, n in zip(fixed, sizes, strict=True)])
+
+
+class Selection(Protocol):
+    """Positions, as one of which :class:`Part` applies several in turn."""
+
+    def sampled_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the extent of what is taken, of measured axes of extent ``shape``."""
+
+    def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Returns the values, with the measured axes ``axes`` of ``x`` in their place."""
 
 
 class Part(NamedTuple):
@@ -117,11 +122,13 @@ class Part(NamedTuple):
     """
 
     weight: float
-    windows: tuple[Windows, ...]
+    windows: tuple[Selection, ...]
 
     def num_values(self, shape: tuple[int, ...]) -> int:
         """Returns how many values per feature are measured, of extent ``shape``."""
-        return math.prod(self.windows[-1].shape if self.windows else shape)
+        for windows in self.windows:
+            shape = windows.sampled_shape(shape)
+        return math.prod(shape)
 
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
         """Returns the measured values of ``x``, in its rank and axis order."""

@@ -1,0 +1,330 @@
+r"""A layer whose output is measured at a sample, folded and applied; and its derivative.
+
+Plain differentiation adds the sample's gradient to the input's. Where the positions are
+fixed, :func:`fixed_fold` adds it to the output's instead, ahead of the one convolution
+that makes the input's gradient of it. With ``S`` the positions, ``m, v`` the moments
+there, :math:`r = 1 / \sqrt{v + \epsilon}` and ``a = scale * r``, the output and its
+tangent are
+
+.. math::
+  y = a (x * w) + b, \qquad
+  \dot y = \dot x * (a w) + x * (a \dot w + \dot a w) + \dot b
+
+and the tangent of the sample comes in only as
+
+.. math::
+  \dot q = a \dot z_S = (\dot x * (a w))_S + a (x * \dot w)_S
+
+because the moments of a feature are linear in its tangent. The first term is read off
+the tangent of the output. So, transposed, the gradient of ``q`` is added to that of the
+output at ``S``, and there is neither a second convolution nor a division by ``a``.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
+
+from flax_sbn.half_precision import add_shift, offset, round_to
+from flax_sbn.lattice import Lattice
+from flax_sbn.sharding import is_explicit
+from flax_sbn.statistics import Statistics, wide
+from flax_sbn.transposes import Form, linear
+from flax_sbn.windows import Part
+
+# Makes measured statistics, and those to normalize with, of the values of each part
+# and further arrays; of each feature by its own values.
+Target = Callable[..., tuple[Statistics, Statistics]]
+
+
+class Linear(Protocol):
+    """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array: ...
+
+    def below(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, "Linear"]: ...
+
+
+def fold_kernel(
+    kernel: jax.Array,
+    statistics: Statistics,
+    scale: Any = None,
+    bias: Any = None,
+    *,
+    epsilon: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns kernel and bias with the norm in them: see :func:`flax_sbn.fold`."""
+    factor = lax.rsqrt(statistics.var + epsilon)
+    if scale is not None:
+        factor = factor * scale
+    shift = -statistics.mean * factor
+    return scaled(kernel, factor), shift if bias is None else shift + bias
+
+
+def scaled(kernel: jax.Array, factor: jax.Array) -> jax.Array:
+    """Returns the kernel with its output features scaled."""
+    # Spelled out, so that its gradient sums over all other axes at once: a sum that
+    # leaves out those of extent one takes XLA thirty times as long on a CPU.
+    return kernel * jnp.broadcast_to(factor, kernel.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A linear layer and the norm behind it.
+
+    Attributes:
+      linear: maps ``(N, *spatial, I)`` to ``(N, *spatial, C)``.
+      extent: of the output's spatial axes.
+      epsilon: added to the variance.
+      half: whether the computation is in half precision.
+    """
+
+    linear: Linear
+    extent: tuple[int, ...]
+    epsilon: float
+    half: bool
+
+    def read(
+        self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
+    ) -> list[jax.Array]:
+        """Returns the linear layer's output at the positions of each part."""
+        values = []
+        for part in parts:
+            below, here = self.linear.below(x, part, self.extent)
+            values.append(here(below, kernel))
+        return values
+
+    def mean_below(self, parts: Sequence[Part], x: jax.Array) -> jax.Array | None:
+        """Returns the input's mean below the positions, if rounding needs it."""
+        if not self.half:
+            return None
+        x = lax.stop_gradient(x)
+        means = []
+        for part in parts:
+            below, _ = self.linear.below(x, part, self.extent)
+            axes = tuple(range(below.ndim - 1))
+            means.append(part.weight * below.mean(axes, dtype=jnp.float32))
+        return functools.reduce(jnp.add, means)
+
+    def apply(
+        self,
+        x: jax.Array,
+        kernel: jax.Array,
+        target: Statistics,
+        mean: jax.Array | None,
+        scale: Any,
+        bias: Any,
+    ) -> jax.Array:
+        """Returns the output, normalized, before residual and activation.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          kernel: ``(..., C)``.
+          target: statistics to normalize with, ``(C,)``.
+          mean: of the input where they were measured, by which the folded kernel's
+            rounding is corrected; None if it is not.
+          scale: ``(C,)`` or None.
+          bias: ``(C,)`` or None.
+        """
+        folded, shift = fold_kernel(kernel, target, scale, bias, epsilon=self.epsilon)
+        applied = round_to(folded, x.dtype)
+        if mean is not None:
+            narrow = round_to(kernel, x.dtype)
+            rounded, _ = fold_kernel(narrow, target, scale, bias, epsilon=self.epsilon)
+            shift -= offset(mean, applied, rounded)
+        return self.shifted(self.linear(x, applied), shift)
+
+    def shifted(self, y: jax.Array, shift: jax.Array) -> jax.Array:
+        """Adds to each feature, in float32 or wider."""
+        return add_shift(y, shift) if self.half else y + shift
+
+
+def fixed_fold_applies(x: jax.Array, parts: Sequence[Part]) -> bool:
+    """Whether :func:`fixed_fold` can take an input, and parts of its output.
+
+    Positions have to be fixed, features real, so that their moments are linear in a
+    scaled tangent, and the mesh, if there is one, left to XLA.
+    """
+    lattices = [len(p.windows) == 1 and isinstance(p.windows[0], Lattice) for p in parts]
+    return bool(parts) and all(lattices) and jnp.isrealobj(x) and not is_explicit(x)
+
+
+def fixed_fold(
+    layer: Layer,
+    parts: Sequence[Part],
+    target: Target,
+    x: jax.Array,
+    kernel: jax.Array,
+    scale: Any,
+    bias: Any,
+    others: Sequence[Any],
+    with_mean: bool,
+) -> tuple[jax.Array, Statistics]:
+    """Measures at fixed positions, folds and applies.
+
+    Args:
+      layer: the layer.
+      parts: positions of its output.
+      target: ``target(values, *others)`` returns the measured statistics and those to
+        normalize with.
+      x: ``(N, *spatial, I)``.
+      kernel: ``(..., C)``.
+      scale: ``(C,)`` or None.
+      bias: ``(C,)`` or None.
+      others: further arguments of ``target``: trees of arrays.
+      with_mean: whether rounding is corrected, in half precision.
+
+    Returns:
+      The output before residual and activation, and the measured statistics.
+    """
+
+    def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+        return layer.read(parts, x, round_to(kernel, x.dtype))
+
+    target, constants = _hoisted(target, jax.eval_shape(measured, x, kernel), *others)
+    constants = (constants, *others)
+
+    def evaluate(
+        x: jax.Array, kernel: jax.Array, scale: Any, bias: Any, constants: Any
+    ) -> tuple[jax.Array, Statistics]:
+        statistics, towards = target(measured(x, kernel), *constants)
+        mean = layer.mean_below(parts, x) if with_mean else None
+        return layer.apply(x, kernel, towards, mean, scale, bias), statistics
+
+    folded = jax.custom_jvp(evaluate)
+
+    def jvp(primals: Any, tangents: Any) -> Any:
+        x, kernel, scale, bias, constants = primals
+        tx, *others = tangents
+        tkernel, tscale, tbias, tconstants = map(_dense, primals[1:], others)
+
+        def moments(values: list[jax.Array], constants: Any) -> Any:
+            _, towards = target(values, *constants)
+            return towards.mean, lax.rsqrt(towards.var + layer.epsilon)
+
+        values = measured(x, kernel)
+        m, r = moments(values, constants)
+        factor = r if scale is None else r * scale
+        kernel_folded = scaled(kernel, factor)
+
+        def rounded(kernel: jax.Array) -> jax.Array:
+            return round_to(kernel, x.dtype)
+
+        # The tangent of the sample, times the factor: through the kernel and the input.
+        _, along = jax.jvp(lambda k: measured(x, k), [kernel], [tkernel])
+        tq = [factor * wide(t) for t in along]
+        output = None
+        if not isinstance(tx, SymbolicZero):
+            applied = rounded(kernel_folded)
+            output, *more = _with_sample(layer, parts, applied, tx)
+            tq = [t + through for t, through in zip(tq, more, strict=True)]
+        tq = [t.astype(value.dtype) for t, value in zip(tq, values, strict=True)]
+        _, (tmean, tr) = jax.jvp(lambda v: moments(v, constants), [values], [tq])
+        tfactor = tr / r
+        if scale is not None:
+            tfactor += r * tscale
+        _, (cm, cr) = jax.jvp(lambda c: moments(values, c), [constants], [tconstants])
+        tfactor += cr if scale is None else scale * cr
+        tmean += factor * cm
+        tshift = -tmean - m * tfactor
+        if bias is not None:
+            tshift += tbias
+
+        tfolded = scaled(tkernel, factor) + scaled(kernel, tfactor)
+        _, tapplied = jax.jvp(rounded, [kernel_folded], [tfolded])
+        ty = layer.linear(x, tapplied)
+        ty = layer.shifted(ty if output is None else output + ty, tshift)
+        y, statistics = folded(*primals)
+
+        def of_values(x: jax.Array, kernel: jax.Array, constants: Any) -> Statistics:
+            return target(measured(x, kernel), *constants)[0]
+
+        _, tstatistics = jax.jvp(
+            of_values, [x, kernel, constants], [_dense(x, tx), tkernel, tconstants]
+        )
+        return (y, statistics), (ty, tstatistics)
+
+    folded.defjvp(jvp, symbolic_zeros=True)
+    return folded(x, kernel, scale, bias, constants)
+
+
+def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:
+    """Returns a function that takes the arrays first that the given one closes over.
+
+    And these arrays. Rules of differentiation may not close over any.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+
+    def call(first: Any, constants: list[jax.Array], *others: Any) -> Any:
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))
+        results = run(*jax.tree.leaves((first, *others)))
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return call, closed.consts
+
+
+def _dense(primals: Any, tangents: Any) -> Any:
+    """Returns tangents that are arrays, of which none is left out."""
+
+    def dense(primal: Any, tangent: Any) -> Any:
+        if not isinstance(tangent, SymbolicZero):
+            return tangent
+        if not jnp.issubdtype(primal.dtype, jnp.inexact):
+            return np.zeros(primal.shape, jax.dtypes.float0)
+        return jnp.zeros_like(primal)
+
+    return jax.tree.map(dense, primals, tangents)
+
+
+def _with_sample(
+    layer: Layer, parts: Sequence[Part], kernel: jax.Array, x: jax.Array
+) -> list[jax.Array]:
+    """Returns the output, and what is of it at the positions, in float32 or wider.
+
+    The gradient of the sample is added to that of the output, which compilers for CPUs
+    and TPUs fuse into what is before or after. A GPU's convolutions fuse with nothing
+    before them, but the gradient that comes out of them does: there the sample's goes
+    through a convolution of its own, and is added to that.
+    """
+    lattices = [selection for part in parts for selection in part.windows]
+    like = jax.typeof(x)
+
+    def to_input(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
+        [result] = jax.linear_transpose(lambda x: layer.linear(x, kernel), like)(gradient)
+        return result
+
+    def taken(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+        y = layer.linear(x, kernel)
+        axes = range(y.ndim - 1)
+        return [y, *(wide(lattice.take(y, axes)) for lattice in lattices)]
+
+    def added(kernel: jax.Array, g: jax.Array, *gq: jax.Array) -> list[jax.Array]:
+        for lattice, values in zip(lattices, gq, strict=True):
+            g = lattice.add(g, values)
+        return [to_input(kernel, g)]
+
+    def sampled(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+        # From the wide input, so that the gradients are added before they are rounded.
+        values = layer.read(parts, x.astype(kernel.dtype), kernel)
+        return [wide(value) for value in values]
+
+    def both(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
+        return [layer.linear(x, kernel), *sampled(kernel, x)]
+
+    def joined(kernel: jax.Array, g: jax.Array, *gq: jax.Array) -> list[jax.Array]:
+        broad = like.update(dtype=jnp.promote_types(x.dtype, jnp.float32))
+        back = jax.linear_transpose(lambda x: sampled(kernel, x), broad)
+        [through] = back(list(gq))
+        return [(wide(to_input(kernel, g)) + through).astype(x.dtype)]
+
+    gpu = Form(both, joined)
+    return linear(Form(taken, added), [kernel], [x], cuda=gpu, rocm=gpu)
