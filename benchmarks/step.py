@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 from methods import Method
 from models import IMAGE_SHAPES, linen_model
 
+_LATTICE = sbn.LatticeSampling()
 _FS = sbn.FeatureSampling(1 / 64)
 _EIGHT_PATCHES = sbn.FeatureSampling(1 / 64, groups=8)
 _ONE_PATCH = sbn.FeatureSampling(1 / 64, groups=1)
@@ -36,6 +37,10 @@ VARIANTS: dict[str, Method] = {
         Method("FS 1/64 groups=8 folded", sampler=_EIGHT_PATCHES, folded=True),
         Method("FS 1/64 groups=1 folded", sampler=_ONE_PATCH, folded=True),
         Method("FS+VDN folded", sampler=_MIXED, folded=True),
+        Method("Lattice", sampler=_LATTICE),
+        Method("Lattice folded", sampler=_LATTICE, folded=True),
+        Method("L4 folded", sampler=sbn.LatticeSampling(4), folded=True),
+        Method("L2 folded", sampler=sbn.LatticeSampling(2), folded=True),
         Method("no norm", "none"),
     )
 }

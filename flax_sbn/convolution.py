@@ -6,6 +6,7 @@ output features.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,9 @@ class Convolution:
       padding: zeros before and after; negative ones crop.
       input_dilation: one more than the zeros between the input's positions.
       kernel_dilation: likewise of the kernel.
-      function: what computes it, with the options that are not geometry.
+      groups: number of groups of features.
+      precision: see :func:`jax.lax.conv_general_dilated`.
+      function: what computes it.
     """
 
     window: tuple[int, ...]
@@ -37,6 +40,8 @@ class Convolution:
     padding: tuple[tuple[int, int], ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
+    groups: int
+    precision: Any
     function: Callable[..., jax.Array]
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -53,6 +58,8 @@ class Convolution:
             dimension_numbers=lax.ConvDimensionNumbers(
                 features_last, (last, last - 1, *range(last - 1)), features_last
             ),
+            feature_group_count=self.groups,
+            precision=self.precision,
         )
 
     def below(
@@ -79,7 +86,7 @@ class Convolution:
 
     def _below_lattice(
         self, x: jax.Array, lattice: Lattice
-    ) -> tuple[jax.Array, "Convolution"]:
+    ) -> tuple[jax.Array, "AtBlocks"]:
         x = self._dilated(x, range(len(self.window)))
         sizes = self._reach([1] * len(self.window))
         starts = [
@@ -93,11 +100,11 @@ class Convolution:
         ]
         here = dataclasses.replace(
             self,
-            strides=tuple(sizes),
+            strides=(1,) * len(sizes),
             padding=((0, 0),) * len(sizes),
             input_dilation=(1,) * len(sizes),
         )
-        return lattice.windows(x, starts, sizes), here
+        return lattice.windows(x, starts, sizes), AtBlocks(here)
 
     def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
@@ -136,6 +143,28 @@ class Convolution:
         return lax.pad(x, jnp.zeros((), x.dtype), inner)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtBlocks:
+    """A convolution applied to blocks of its window's extent, ``(N, P, *window, I)``.
+
+    Each gives one position of the output, ``(N, P, *1, C)``. That is a matrix product,
+    unless the convolution has holes or groups, or is the user's own.
+    """
+
+    convolution: Convolution
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns ``(N, P, *1, C)``, in the rank of the convolution's output."""
+        conv = self.convolution
+        plain = conv.function is lax.conv_general_dilated and conv.groups == 1
+        if plain and set(conv.kernel_dilation) == {1}:
+            contracted = (range(2, x.ndim), range(kernel.ndim - 1))
+            y = lax.dot_general(x, kernel, (contracted, ((), ())), conv.precision)
+        else:
+            y = conv(x.reshape(-1, *x.shape[2:]), kernel)
+        return y.reshape(*x.shape[:2], *[1] * (x.ndim - 4), y.shape[-1])
+
+
 def make_convolution(
     x: jax.Array,
     window: tuple[int, ...],
@@ -143,6 +172,8 @@ def make_convolution(
     padding: Padding,
     input_dilation: Extents,
     kernel_dilation: Extents,
+    groups: int,
+    precision: Any,
     function: Callable[..., jax.Array],
 ) -> tuple[jax.Array, Convolution]:
     """Reads flax's options and returns the input and the convolution to apply to it.
@@ -187,6 +218,8 @@ def make_convolution(
         tuple((low, high) for low, high in pads),
         input_dilation,
         kernel_dilation,
+        groups,
+        precision,
         function,
     )
     return x, convolution

@@ -219,11 +219,9 @@ def conv_norm(
         padding,
         input_dilation,
         kernel_dilation,
-        functools.partial(
-            conv_general_dilated,
-            feature_group_count=feature_group_count,
-            precision=precision,
-        ),
+        feature_group_count,
+        precision,
+        conv_general_dilated,
     )
     return _linear_norm(
         convolution,

@@ -141,7 +141,7 @@ class Lattice:
           sizes: extent of the blocks.
 
         Returns:
-          ``(N, P * sizes[0], *sizes[1:], I)``.
+          ``(N, P, *sizes, I)``.
         """
         blocks = []
         for start in starts:
@@ -153,7 +153,8 @@ class Lattice:
                 after = size - before - (last[-1] - first[-1])
                 border.append((before, after, 0))
             block = lax.slice(x, (*first, 0), (*last, x.shape[-1]))
-            blocks.append(lax.pad(block, jnp.zeros((), x.dtype), [*border, (0, 0, 0)]))
+            block = lax.pad(block, jnp.zeros((), x.dtype), [*border, (0, 0, 0)])
+            blocks.append(jnp.expand_dims(block, 1))
         return lax.concatenate(blocks, 1)
 
     def _take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:

@@ -220,14 +220,12 @@ def fixed_fold(
             return round_to(kernel, x.dtype)
 
         # The tangent of the sample, times the factor: through the kernel and the input.
-        _, along = jax.jvp(lambda k: measured(x, k), [kernel], [tkernel])
-        tq = [factor * wide(t) for t in along]
+        _, tq = jax.jvp(lambda k: measured(x, k), [kernel], [scaled(tkernel, factor)])
         output = None
         if not isinstance(tx, SymbolicZero):
             applied = rounded(kernel_folded)
             output, *more = _with_sample(layer, parts, applied, tx)
-            tq = [t + through for t, through in zip(tq, more, strict=True)]
-        tq = [t.astype(value.dtype) for t, value in zip(tq, values, strict=True)]
+            tq = [(t + m).astype(t.dtype) for t, m in zip(tq, more, strict=True)]
         _, (tmean, tr) = jax.jvp(lambda v: moments(v, constants), [values], [tq])
         tfactor = tr / r
         if scale is not None:
