@@ -40,9 +40,11 @@ def renormalize(
     and is reached by two corrections that count as constants in the gradient:
 
     .. math::
-      r = \mathrm{clip}(s_b / s_t,\ 1 / r_{max},\ r_{max}), \qquad
-      d = \mathrm{clip}((\mu_b - \mu_t) / s_t,\ -d_{max},\ d_{max}), \qquad
-      s = s_b / r, \qquad \mu = \mu_b - d s
+      \begin{aligned}
+      r &= \mathrm{clip}(s_b / s_t,\ 1 / r_{max},\ r_{max}) \\
+      d &= \mathrm{clip}((\mu_b - \mu_t) / s_t,\ -d_{max},\ d_{max}) \\
+      s &= s_b / r, \qquad \mu = \mu_b - d s
+      \end{aligned}
 
     so that :math:`(x - \mu) / s = (x - \mu_b) / s_b \cdot r + d`. The value has little
     of the sample's noise; the gradient still goes through what was measured, so that

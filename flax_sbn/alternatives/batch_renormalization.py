@@ -33,8 +33,10 @@ def batch_renorm(
     \sqrt{v + \epsilon}`, and two corrections that count as constants in the gradient:
 
     .. math::
-      r = \mathrm{clip}(s_b / s,\ 1 / r_{max},\ r_{max}), \qquad
-      d = \mathrm{clip}((\mu_b - \mu) / s,\ -d_{max},\ d_{max})
+      \begin{aligned}
+      r &= \mathrm{clip}(s_b / s,\ 1 / r_{max},\ r_{max}) \\
+      d &= \mathrm{clip}((\mu_b - \mu) / s,\ -d_{max},\ d_{max})
+      \end{aligned}
 
       y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big)
       + \mathit{bias}

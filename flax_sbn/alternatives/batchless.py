@@ -103,9 +103,11 @@ def batchless_nll(
     The mean over rows and positions, summed over features, without its constant:
 
     .. math::
-      \mathit{nll} = \sum_c \frac{1}{|M_c|} \sum_{i \in M_c} \frac{1}{2} \left(
-          \frac{(x_{ic} - \mu_c)^2}{v_c} + \log v_c \right), \qquad
-      v_c = e^{2 \rho_c} + \epsilon
+      \begin{aligned}
+      \mathit{nll} &= \sum_c \frac{1}{|M_c|} \sum_{i \in M_c} \frac{1}{2} \left(
+          \frac{(x_{ic} - \mu_c)^2}{v_c} + \log v_c \right) \\
+      v_c &= e^{2 \rho_c} + \epsilon
+      \end{aligned}
 
     with :math:`M_c` all positions, or those that the mask leaves. No gradient goes to
     ``x``. The minimum is at :math:`\mu = E[x]` and :math:`v = \mathrm{Var}[x]`. Added

@@ -40,8 +40,10 @@ def binarize_kernel(kernel: ArrayLike) -> jax.Array:
     r"""Binarizes weights to plus or minus their mean magnitude for each output feature.
 
     .. math::
-      \hat W = s \cdot \mathrm{sign}(W), \qquad s = \mathrm{mean}\,|W|, \qquad
-      \frac{\partial \hat W}{\partial W} := [\,|W| \le 1\,]
+      \begin{aligned}
+      \hat W &= s \cdot \mathrm{sign}(W), \qquad s = \mathrm{mean}\,|W| \\
+      \frac{\partial \hat W}{\partial W} &:= [\,|W| \le 1\,]
+      \end{aligned}
 
     with :math:`\mathrm{sign}(0) = 1`. The scale :math:`s` counts as a constant, and
     does not multiply the gradient either.

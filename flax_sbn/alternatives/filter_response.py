@@ -27,8 +27,10 @@ def filter_response_norm(
     r"""Divides every feature map by its root mean square, each row by itself.
 
     .. math::
-      \nu^2_{nc} = \frac{1}{H W} \sum_{hw} x_{nhwc}^2, \qquad
-      y = \mathit{scale} \cdot \frac{x}{\sqrt{\nu^2 + |\epsilon|}} + \mathit{bias}
+      \begin{aligned}
+      \nu^2_{nc} &= \frac{1}{H W} \sum_{hw} x_{nhwc}^2 \\
+      y &= \mathit{scale} \cdot \frac{x}{\sqrt{\nu^2 + |\epsilon|}} + \mathit{bias}
+      \end{aligned}
 
     Nothing is subtracted, no row sees another, and there is nothing to remember: it is
     the same in training and evaluation, and for one row as for many. The activation

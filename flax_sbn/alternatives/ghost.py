@@ -28,8 +28,10 @@ def ghost_batch_norm(
     With :math:`x_1, \ldots, x_G` the groups:
 
     .. math::
-      y_g = \mathrm{batch\_norm}(x_g), \qquad
-      \mu = \frac{1}{G} \sum_g \mu_g, \qquad v = \frac{1}{G} \sum_g v_g
+      \begin{aligned}
+      y_g &= \mathrm{batch\_norm}(x_g) \\
+      \mu &= \frac{1}{G} \sum_g \mu_g, \qquad v = \frac{1}{G} \sum_g v_g
+      \end{aligned}
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``.

@@ -39,8 +39,11 @@ def kalman_prior(
     r"""Predicts the statistics of a layer's output from those of the layer before.
 
     .. math::
-      z = \mathrm{activation}(\mu + \sqrt{v}\, \xi), \quad \xi \sim \mathcal{N}(0, 1),
-      \qquad \mu_p, v_p = \mathrm{moments}(\mathrm{linear}(z))
+      \begin{aligned}
+      z &= \mathrm{activation}(\mu + \sqrt{v}\, \xi),
+      \quad \xi \sim \mathcal{N}(0, 1) \\
+      \mu_p, v_p &= \mathrm{moments}(\mathrm{linear}(z))
+      \end{aligned}
 
     The gradient goes through the statistics and into the layer's parameters.
 
@@ -115,8 +118,10 @@ def kalman_update(
     predicted:
 
     .. math::
-      \mu' = p \mu_p + (1 - p) \mu, \qquad
-      v' = p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2
+      \begin{aligned}
+      \mu' &= p \mu_p + (1 - p) \mu \\
+      v' &= p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2
+      \end{aligned}
 
     where the mean of :math:`v_p / v` over all features is less than ``max_ratio``;
     otherwise :math:`\mu' = \mu, v' = v`.

@@ -83,8 +83,10 @@ def l1_batch_norm(
     r"""Normalizes by the mean absolute deviation.
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias}, \qquad
-      s = \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
+      \begin{aligned}
+      y &= \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias} \\
+      s &= \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
+      \end{aligned}
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``; real.

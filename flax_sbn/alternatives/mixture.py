@@ -88,9 +88,11 @@ def mixture_norm(
     :math:`n_k = \sum_i \nu_{ik}`:
 
     .. math::
-      \lambda_k = \frac{n_k}{\sum_j n_j}, \qquad
-      \mu_k = \frac{1}{n_k} \sum_i \nu_{ik} x_i, \qquad
-      v_k = \frac{1}{n_k} \sum_i \nu_{ik} (x_i - \mu_k)^2
+      \begin{aligned}
+      \lambda_k &= \frac{n_k}{\sum_j n_j}, \qquad
+      \mu_k = \frac{1}{n_k} \sum_i \nu_{ik} x_i \\
+      v_k &= \frac{1}{n_k} \sum_i \nu_{ik} (x_i - \mu_k)^2
+      \end{aligned}
 
       y_i = \mathit{scale} \cdot \sum_k \frac{\nu_{ik}}{\sqrt{\lambda_k}}
       \frac{x_i - \mu_k}{\sqrt{v_k + \epsilon}} + \mathit{bias}

@@ -80,10 +80,12 @@ def moving_average_batch_norm(
     With :math:`m` the window and the sums over the last :math:`m` steps:
 
     .. math::
-      \chi = \frac{1}{m} \sum_t \mathrm{mean}(x_t^2), \qquad
-      z = \frac{x}{\sqrt{\chi + \epsilon}}, \qquad
-      r = \mathrm{clip}\Big( \sqrt{\frac{\chi + \epsilon}{\mathit{var} + \epsilon}},\
+      \begin{aligned}
+      \chi &= \frac{1}{m} \sum_t \mathrm{mean}(x_t^2), \qquad
+      z = \frac{x}{\sqrt{\chi + \epsilon}} \\
+      r &= \mathrm{clip}\Big( \sqrt{\frac{\chi + \epsilon}{\mathit{var} + \epsilon}},\
       \frac{1}{r_{max}},\ r_{max} \Big)
+      \end{aligned}
 
       y = \mathit{scale} \cdot r z + \mathit{bias}
 

@@ -28,9 +28,11 @@ def range_moments(
     consecutive ones; with the means over the chunks and :math:`\mu` the mean of all:
 
     .. math::
-      s = \frac{0.35}{2} \cdot \frac{1 + \sqrt{\pi \ln 4}}{\sqrt{2 \ln n}}
-      \left( \mathrm{mean} \max_i x_i - \mathrm{mean} \min_i x_i \right) + \epsilon,
-      \qquad v = s^2 - \epsilon
+      \begin{aligned}
+      s &= \frac{0.35}{2} \cdot \frac{1 + \sqrt{\pi \ln 4}}{\sqrt{2 \ln n}}
+      \left( \mathrm{mean} \max_i x_i - \mathrm{mean} \min_i x_i \right) + \epsilon \\
+      v &= s^2 - \epsilon
+      \end{aligned}
 
     The variance is such that :math:`\sqrt{v + \epsilon} = s` is what normalization
     divides by. Of normally distributed values :math:`s` is less than the standard
