@@ -22,6 +22,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import flops
 from hlo import Computation, Instruction, Module, parse
 
 _FREE = {
@@ -73,6 +74,8 @@ class Kernel(NamedTuple):
       times: how often it runs.
       cycles: the compiler's estimate of the time, each time, in cycles of the clock;
         None where it gives none, as for GPUs.
+      flops: floating-point operations of convolutions and matrix products, each time.
+      beside: whether it runs beside others: an asynchronous copy or slice.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Kernel(NamedTuple):
     op_name: str
     times: int = 1
     cycles: int | None = None
+    flops: int = 0
+    beside: bool = False
 
     @property
     def traffic(self) -> int:
@@ -110,8 +115,10 @@ def kernels(text: str) -> list[Kernel]:
 def _kernels(module: Module, computation: Computation) -> Iterator[Kernel]:
     for instruction in computation.values():
         opcode = instruction.opcode
+        beside = False
         if opcode.endswith("-done") and opcode != "async-done":
             # The pair as one instruction: its start says what, its end the result.
+            beside = True
             start = computation[instruction.operands[0]]
             opcode = opcode.removesuffix("-done")
             instruction = dataclasses.replace(
@@ -135,7 +142,8 @@ def _kernels(module: Module, computation: Computation) -> Iterator[Kernel]:
                 branches = [list(_kernels(module, branch)) for branch in called]
                 yield from max(branches, key=lambda ks: sum(k.traffic for k in ks))
             case _:
-                yield _kernel(module, computation, instruction)
+                kernel = _kernel(module, computation, instruction)
+                yield kernel._replace(beside=beside)
 
 
 def _is_scalar(computation: Computation, instruction: Instruction) -> bool:
@@ -171,6 +179,7 @@ def _kernel(
         written=written,
         op_name=_op_name(module, instruction),
         cycles=instruction.cycles,
+        flops=_flops(module, computation, instruction),
     )
 
 
@@ -240,6 +249,14 @@ def _written(computation: Computation, instruction: Instruction, in_place: bool)
     if instruction.target.startswith(_LIBRARIES) and len(instruction.arrays) > 1:
         return sum(array.nbytes() for array in instruction.arrays[:-1])
     return instruction.nbytes()
+
+
+def _flops(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Operations of an instruction and of all that it is fused of."""
+    called = [module.computations[name] for name in instruction.called()]
+    return flops.operations(computation, instruction) + sum(
+        _flops(module, inner, each) for inner in called for each in inner.values()
+    )
 
 
 def _kind(module: Module, instruction: Instruction) -> str:

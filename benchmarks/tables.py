@@ -21,6 +21,7 @@ _TRAFFIC = (
     Column("outside conv.", "outside_bytes", 1e9, 1),
     Column("XLA's, GB", "bytes_accessed", 1e9, 1),
     Column("memory, GB", "temp_bytes", 1e9, 2),
+    Column("model, ms", "roofline_seconds", 1e-3, 1),
     Column("estimate, M cycles", "estimated_cycles", 1e6, 1),
     Column("kernels", "kernels"),
     Column("compile, CPU s", "compile_seconds"),

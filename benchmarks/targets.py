@@ -1,11 +1,13 @@
 """The devices to compile for, one or many, none of which has to be there.
 
 A GPU is described by the figures its driver would report; those here are from the
-target configurations that OpenXLA publishes. libtpu knows its TPUs by name.
+target configurations that OpenXLA publishes. libtpu knows its TPUs by name. What a
+device can do at most, for `roofline`, is from its vendor's data sheet.
 """
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,10 +71,22 @@ class MissingCompilerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """An NVIDIA GPU; the fields are those of OpenXLA's GpuDeviceInfoProto."""
+    """An NVIDIA GPU; most fields are those of OpenXLA's GpuDeviceInfoProto.
+
+    Attributes:
+      memory_bandwidth: of its HBM, in bytes a second.
+      device_memory_size: of its HBM, in bytes.
+      flops: peak of its tensor cores by dtype of the computation, operations a second
+        without sparsity. XLA computes products of float32 in TF32.
+      launch_seconds: from the end of a kernel to the work of the next one in a stream
+        or CUDA graph. Our assumption, no vendor's figure.
+      batch_size: that fills it.
+    """
 
     memory_bandwidth: int
     device_memory_size: int
+    flops: Mapping[str, float]
+    launch_seconds: float = 2e-6
     core_count: int = 132
     fpus_per_core: int = 128
     clock_rate_ghz: float = 1.98
@@ -103,8 +117,21 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Tpu:
-    """A Google TPU, in slices of the sizes of ``_SLICES``."""
+    """A Google TPU, in slices of the sizes of ``_SLICES``.
 
+    Attributes:
+      memory_bandwidth: of its HBM, in bytes a second.
+      flops: peak of its matrix units by dtype of the computation, operations a second.
+        JAX's default precision computes products of float32 in bfloat16.
+      launch_seconds: what a kernel takes at least. The 1,825 cycles that XLA estimates
+        for the smallest ones, at the 1.5 GHz with which four units of 128 x 128 reach
+        the peak of a v5e; assumed to be the same on others.
+      batch_size: that fills it.
+    """
+
+    memory_bandwidth: int
+    flops: Mapping[str, float]
+    launch_seconds: float
     batch_size: int = 128
 
     def devices(self, name: str, count: int = 1) -> list[Any]:
@@ -130,12 +157,26 @@ def _devices(name: str, **topology: Any) -> list[Any]:
         ) from error
 
 
+def _same(peak: float) -> dict[str, float]:
+    return dict.fromkeys(("bfloat16", "float32"), peak)
+
+
+# Peaks: NVIDIA's data sheets of the SXM modules; Google's pages on Cloud TPU.
 TARGETS: dict[str, Gpu | Tpu] = {
-    "h200": Gpu(memory_bandwidth=4800000000000, device_memory_size=151397597184),
-    "h100": Gpu(memory_bandwidth=3352320000000, device_memory_size=84942979072),
+    "h200": Gpu(
+        memory_bandwidth=4800000000000,
+        device_memory_size=151397597184,
+        flops={"bfloat16": 989e12, "float32": 494e12},
+    ),
+    "h100": Gpu(
+        memory_bandwidth=3352320000000,
+        device_memory_size=84942979072,
+        flops={"bfloat16": 989e12, "float32": 494e12},
+    ),
     "a100": Gpu(
         memory_bandwidth=2039040000000,
         device_memory_size=85100068864,
+        flops={"bfloat16": 312e12, "float32": 156e12},
         core_count=108,
         fpus_per_core=64,
         clock_rate_ghz=1.41,
@@ -147,11 +188,16 @@ TARGETS: dict[str, Gpu | Tpu] = {
     "b200": Gpu(
         memory_bandwidth=7672320000000,
         device_memory_size=191514411008,
+        flops={"bfloat16": 2250e12, "float32": 1125e12},
         core_count=148,
         clock_rate_ghz=1.965,
         l2_cache_size=132644864,
         compute_capability="major: 10 feature_extension: ACCELERATED_FEATURES",
     ),
-    "v5e": Tpu(),
-    "v6e": Tpu(),
+    "v5e": Tpu(
+        memory_bandwidth=819000000000, flops=_same(197e12), launch_seconds=1.2e-6
+    ),
+    "v6e": Tpu(
+        memory_bandwidth=1638000000000, flops=_same(918e12), launch_seconds=1.2e-6
+    ),
 }

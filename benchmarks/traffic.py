@@ -4,8 +4,9 @@ For each target, model and normalization: the bytes that the kernels of the comp
 step read from and write to the device's memory (HBM), in all and outside convolutions,
 the temporary memory, the kernels and the compile time, each also relative to flax's
 BatchNorm and to no normalization. The figures are repeatable, but they are traffic, not
-time. Needs the compilers of the targets, which `make traffic` installs, but no device.
-Prints tables and writes JSON, anew after each step.
+time; the time that `roofline` makes of them is a model's, not measured. Needs the
+compilers of the targets, which `make traffic` installs, but no device. Prints tables
+and writes JSON, anew after each step.
 """
 
 import argparse
@@ -22,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import compiling
+import roofline
 import tables
 import targets
 import timing
@@ -31,7 +33,7 @@ from measuring import check_positive
 from step import VARIANTS, Step, training_step
 from targets import TARGETS, MissingCompilerError
 
-_DEFAULT = ("flax BN", "BS 8 folded", "FS 1/64 folded", "no norm")
+_DEFAULT = ("flax BN", "Lattice folded", "FS 1/64 folded", "BS 8 folded", "no norm")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -46,6 +48,7 @@ class Result(compiling.Result):
       bytes_accessed: XLA's own count, memory on the chip included; TPUs only.
       estimated_cycles: XLA's estimate of the time, in cycles of the clock; TPUs only,
         without the kernels that it has no estimate for.
+      roofline_seconds: the time by a model, see `roofline`; not measured.
     """
 
     traffic_bytes: int | None = None
@@ -54,6 +57,7 @@ class Result(compiling.Result):
     kernels: int | None = None
     bytes_accessed: int | None = None
     estimated_cycles: int | None = None
+    roofline_seconds: float | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +147,7 @@ def measure(result: Result, device: Any, dtype: str) -> list[Kernel]:
         result.bytes_accessed = int(cost["bytes accessed"])
     estimates = [k.times * k.cycles for k in found if k.cycles is not None]
     result.estimated_cycles = sum(estimates) if estimates else None
+    result.roofline_seconds = roofline.seconds(found, TARGETS[result.target], dtype)
     return found
 
 

@@ -182,7 +182,8 @@ CONVOLUTION = """
     %x = bf16[2,8,8,4]{3,2,1,0} parameter(0)
     %w = bf16[4,3,3,4]{3,2,1,0} parameter(1)
     %conv.1 = (bf16[2,8,8,4]{3,2,1,0}, u8[4096]{0}) custom-call(%x, %w), \
-window={size=3x3 pad=1_1x1_1}, custom_call_target="__cudnn$convForward", \
+window={size=3x3 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convForward", \
 metadata={op_name="jit(f)/conv(general)"}
     ROOT %y = bf16[2,8,8,4]{3,2,1,0} get-tuple-element(%conv.1), index=0
 """
@@ -191,22 +192,101 @@ metadata={op_name="jit(f)/conv(general)"}
 def test_a_convolution_counts_without_its_scratch_memory() -> None:
     (kernel,) = count(CONVOLUTION)
     assert kernel == Kernel(
-        "conv.1", "convolution", 1024 + 288, 1024, "jit(f)/conv(general)"
+        "conv.1",
+        "convolution",
+        1024 + 288,
+        1024,
+        "jit(f)/conv(general)",
+        flops=2 * 2 * 8 * 8 * 4 * 3 * 3 * 4,
     )
 
 
 def test_a_fused_convolution_is_one() -> None:
     entry = """
-        %x = f32[8]{0} parameter(0)
-        ROOT %y = f32[8]{0} fusion(%x), kind=kOutput, calls=%fused
+        %x = f32[8,4]{1,0} parameter(0)
+        %w = f32[4,2]{1,0} parameter(1)
+        ROOT %y = f32[8,2]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused
     """
     fused = """
-        %fused (x: f32[8]) -> f32[8] {
-          %x = f32[8]{0} parameter(0)
-          ROOT %y = f32[8]{0} convolution(%x, %x), window={size=1}
+        %fused (x: f32[8,4], w: f32[4,2]) -> f32[8,2] {
+          %x = f32[8,4]{1,0} parameter(0)
+          %w = f32[4,2]{1,0} parameter(1)
+          %conv = f32[8,2]{1,0} convolution(%x, %w), dim_labels=bf_io->bf
+          ROOT %y = f32[8,2]{1,0} negate(%conv)
         }
     """
-    assert [kernel.kind for kernel in count(entry, fused)] == ["convolution"]
+    (kernel,) = count(entry, fused)
+    assert (kernel.kind, kernel.flops) == ("convolution", 2 * 8 * 2 * 4)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "call", "operations"),
+    [
+        # Each of 4 x 4 outputs and 6 features is a sum over 3 x 3 x 5 inputs; cuDNN
+        # writes the gradients as the convolution that they are gradients of.
+        (
+            ("bf16[2,8,8,5]", "bf16[6,3,3,5]", "bf16[2,4,4,6]"),
+            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBiasActivationForward"',
+            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+        ),
+        (
+            ("bf16[2,8,8,5]", "bf16[2,4,4,6]", "bf16[6,3,3,5]"),
+            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardFilter"',
+            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+        ),
+        (
+            ("bf16[2,4,4,6]", "bf16[6,3,3,5]", "bf16[2,8,8,5]"),
+            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+custom_call_target="__cudnn$convBackwardInput"',
+            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+        ),
+        # The same gradients as other compilers write them.
+        (
+            ("f32[2,8,8,5]", "f32[2,4,4,6]", "f32[3,3,5,6]"),
+            "convolution(%a, %b), window={size=4x4 pad=1_0x1_0 rhs_dilate=2x2}, "
+            "dim_labels=f01b_i01o->01bf",
+            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+        ),
+        (
+            ("f32[2,4,4,6]", "f32[3,3,5,6]", "f32[2,8,8,5]"),
+            "convolution(%a, %b), window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2 "
+            "rhs_reversal=1x1}, dim_labels=b01f_01oi->b01f",
+            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+        ),
+        # Two groups of features: a kernel sees half of the inputs.
+        (
+            ("f32[2,8,8,4]", "f32[3,3,2,6]", "f32[2,8,8,6]"),
+            "convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, "
+            "dim_labels=b01f_01io->b01f, feature_group_count=2",
+            2 * (2 * 8 * 8 * 6) * (3 * 3 * 2),
+        ),
+        (
+            ("bf16[7,8,4]", "bf16[7,4,2]", "bf16[7,8,2]"),
+            "dot(%a, %b), lhs_batch_dims={0}, rhs_batch_dims={0}, "
+            "lhs_contracting_dims={2}, rhs_contracting_dims={1}",
+            2 * (7 * 8 * 2) * 4,
+        ),
+        (
+            ("bf16[4,8]", "bf16[4,2]", "bf16[8,2]"),
+            'custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{\
+"lhs_contracting_dimensions":["0"],"rhs_contracting_dimensions":["0"]}}}',
+            2 * (8 * 2) * 4,
+        ),
+        (("f32[8]", "f32[8]", "f32[8]"), "multiply(%a, %b)", 0),
+    ],
+)
+def test_products_and_their_sums_are_counted(shapes, call, operations) -> None:
+    a, b, result = shapes
+    entry = f"""
+        %a = {a} parameter(0)
+        %b = {b} parameter(1)
+        ROOT %y = {result} {call}
+    """
+    (kernel,) = count(entry)
+    assert kernel.flops == operations
 
 
 def test_new_names_and_shapes_move_nothing() -> None:
@@ -240,6 +320,7 @@ def test_an_asynchronous_copy_counts_once_and_only_in_hbm() -> None:
     """
     copy, negate = count(entry)
     assert (copy.kind, copy.read, copy.written) == ("copy", 32, 0)
+    assert (copy.beside, negate.beside) == (True, False)
     assert (negate.read, negate.written) == (0, 32)
 
 

@@ -1,12 +1,15 @@
 """The traffic benchmark: what it records, prints and refuses, without its compilers."""
 
 import json
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import roofline
 import step
+import tables
 import traffic
 from explain import explain
 from kernels import Kernel
@@ -20,6 +23,9 @@ def small(monkeypatch):
 
     class Here:
         batch_size = 256
+        memory_bandwidth = 1024.0  # of one array
+        flops: ClassVar = {"float32": 1.0}
+        launch_seconds = 0.5
 
         def devices(self, name):
             return jax.devices()[:1]
@@ -48,12 +54,14 @@ def test_it_writes_figures_and_prints_ratios(small, tmp_path, capsys) -> None:
     assert bn["outside_bytes"] == 3 * 1024
     assert bn["kernels"] == none["kernels"] == 1
     assert none["temp_bytes"] == 0
+    assert (bn["roofline_seconds"], none["roofline_seconds"]) == (3.5, 2.5)
     assert none["compile_seconds"] > 0
 
     printed = capsys.readouterr().out
     assert "resnet50 on h200, batch 256; in parentheses relative to flax BN" in printed
     (row,) = [line for line in printed.splitlines() if line.startswith("| no norm")]
     assert row.split("|")[2].strip() == "0.0 (0.67, 1.00)"
+    assert "2,500.0 (0.71, 1.00)" in row
     assert printed.count("written, MB") == 2
 
     before = path.read_text()
@@ -112,6 +120,28 @@ def test_a_missing_compiler_is_named(small, monkeypatch, tmp_path, capsys) -> No
 def test_what_it_does_not_know_is_refused(small, argv) -> None:
     with pytest.raises(SystemExit):
         traffic.main(argv)
+
+
+def test_the_model_takes_the_longer_of_memory_and_products() -> None:
+    class Target:
+        memory_bandwidth = 10.0
+        flops: ClassVar = {"bfloat16": 100.0, "float32": 50.0}
+        launch_seconds = 1.0
+
+    moving = Kernel("x", "fusion", 40, 20, "", times=3, flops=100)
+    computing = Kernel("y", "convolution", 4, 2, "", flops=1000)
+    copying = Kernel("z", "copy", 10, 10, "", beside=True)
+    found = [moving, computing, copying]
+    assert roofline.seconds(found, Target(), "bfloat16") == 3 * (6 + 1) + (10 + 1) + 2
+    assert roofline.seconds(found, Target(), "float32") == 3 * (6 + 1) + (20 + 1) + 2
+
+
+def test_results_without_the_model_have_no_column_of_it() -> None:
+    row = {"variant": "flax BN", "target": "h200", "model": "x", "batch_size": 1}
+    old = {"results": [{**row, "traffic_bytes": 10, "error": None}]}
+    assert "model" not in tables.traffic_table(old)
+    new = {"results": [{**old["results"][0], "roofline_seconds": 0.01}]}
+    assert "10.0 (1.00)" in tables.traffic_table(new)
 
 
 def test_explain_counts_alike_kernels_together() -> None:
