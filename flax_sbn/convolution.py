@@ -64,7 +64,7 @@ class Convolution:
 
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Convolution"]:
+    ) -> "tuple[jax.Array, Convolution | AtBlocks]":
         """Returns the input below a part of the output, and the convolution there.
 
         Args:
@@ -75,11 +75,12 @@ class Convolution:
         Returns:
           The input below the part, and what to apply to that.
         """
-        here = self
+        here: Convolution | AtBlocks = self
         for selection in part.windows:
+            assert isinstance(here, Convolution)  # a lattice comes last
             if isinstance(selection, Lattice):
                 x, here = here._below_lattice(x, selection)
-            else:
+            elif isinstance(selection, Windows):
                 x, here = here._below_windows(x, selection, extent)
             extent = selection.sampled_shape((len(x), *extent))[1:]
         return x, here

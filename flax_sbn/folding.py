@@ -22,7 +22,13 @@ from flax_sbn.convolution import Extents, Padding, make_convolution
 from flax_sbn.half_precision import round_to
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
-from flax_sbn.sampled_fold import Layer, Linear, fixed_fold, fixed_fold_applies, fold_kernel
+from flax_sbn.sampled_fold import (
+    Layer,
+    Linear,
+    fixed_fold,
+    fixed_fold_applies,
+    fold_kernel,
+)
 from flax_sbn.sampling import Sampler, needs_key, sampled_parts
 from flax_sbn.sharding import laid_out_by_xla, varying_like
 from flax_sbn.statistics import (
@@ -371,7 +377,9 @@ def _linear_norm(
     if mask is not None:
         mask = broadcast_mask(mask, y_shape).reshape(shape)
     layer = Layer(linear, shape[1:-1], epsilon, jnp.finfo(x.dtype).bits < 32)
-    fixed = () if needs_key(sampler) else sampled_parts(sampler, shape[:-1], key)
+    fixed: tuple[Part, ...] = ()  # what is measured, if that is known in advance
+    if statistics is None and not needs_key(sampler):
+        fixed = sampled_parts(sampler, shape[:-1], key)
 
     def measured(
         parts: Sequence[Part],
@@ -443,7 +451,7 @@ def _linear_norm(
         # From the wide input, so that gradients are added before they are rounded.
         broad = wide(x)
         statistics, mean = laid_out_by_xla(sampled, broad, narrow, key, mask, running)
-        target = varying_like(x, correct(statistics, running))
-        y = layer.apply(broad.astype(x.dtype), kernel, target, mean, scale, bias)
+        towards = varying_like(x, correct(statistics, running))
+        y = layer.apply(broad.astype(x.dtype), kernel, towards, mean, scale, bias)
     y = y.astype(result_dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics

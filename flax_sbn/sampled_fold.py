@@ -154,8 +154,22 @@ def fixed_fold_applies(x: jax.Array, parts: Sequence[Part]) -> bool:
     Positions have to be fixed, features real, so that their moments are linear in a
     scaled tangent, and the mesh, if there is one, left to XLA.
     """
-    lattices = [len(p.windows) == 1 and isinstance(p.windows[0], Lattice) for p in parts]
-    return bool(parts) and all(lattices) and jnp.isrealobj(x) and not is_explicit(x)
+    return (
+        len(_lattices(parts)) == len(parts) > 0
+        and all(len(part.windows) == 1 for part in parts)
+        and jnp.isrealobj(x)
+        and not is_explicit(x)
+    )
+
+
+def _lattices(parts: Sequence[Part]) -> list[Lattice]:
+    """Returns the positions of each part that is a lattice."""
+    return [
+        selection
+        for part in parts
+        for selection in part.windows
+        if isinstance(selection, Lattice)
+    ]
 
 
 def fixed_fold(
@@ -190,13 +204,12 @@ def fixed_fold(
     def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         return layer.read(parts, x, round_to(kernel, x.dtype))
 
-    target, constants = _hoisted(target, jax.eval_shape(measured, x, kernel), *others)
-    constants = (constants, *others)
+    call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), *others)
 
     def evaluate(
         x: jax.Array, kernel: jax.Array, scale: Any, bias: Any, constants: Any
     ) -> tuple[jax.Array, Statistics]:
-        statistics, towards = target(measured(x, kernel), *constants)
+        statistics, towards = call(measured(x, kernel), *constants)
         mean = layer.mean_below(parts, x) if with_mean else None
         return layer.apply(x, kernel, towards, mean, scale, bias), statistics
 
@@ -208,7 +221,7 @@ def fixed_fold(
         tkernel, tscale, tbias, tconstants = map(_dense, primals[1:], others)
 
         def moments(values: list[jax.Array], constants: Any) -> Any:
-            _, towards = target(values, *constants)
+            _, towards = call(values, *constants)
             return towards.mean, lax.rsqrt(towards.var + layer.epsilon)
 
         values = measured(x, kernel)
@@ -244,7 +257,7 @@ def fixed_fold(
         y, statistics = folded(*primals)
 
         def of_values(x: jax.Array, kernel: jax.Array, constants: Any) -> Statistics:
-            return target(measured(x, kernel), *constants)[0]
+            return call(measured(x, kernel), *constants)[0]
 
         _, tstatistics = jax.jvp(
             of_values, [x, kernel, constants], [_dense(x, tx), tkernel, tconstants]
@@ -252,7 +265,7 @@ def fixed_fold(
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
-    return folded(x, kernel, scale, bias, constants)
+    return folded(x, kernel, scale, bias, (hoisted, *others))
 
 
 def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:
@@ -293,11 +306,12 @@ def _with_sample(
     before them, but the gradient that comes out of them does: there the sample's goes
     through a convolution of its own, and is added to that.
     """
-    lattices = [selection for part in parts for selection in part.windows]
+    lattices = _lattices(parts)
     like = jax.typeof(x)
 
     def to_input(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
-        [result] = jax.linear_transpose(lambda x: layer.linear(x, kernel), like)(gradient)
+        back = jax.linear_transpose(lambda x: layer.linear(x, kernel), like)
+        [result] = back(gradient)
         return result
 
     def taken(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:

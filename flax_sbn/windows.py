@@ -72,7 +72,9 @@ class Windows:
             blocks = jnp.moveaxis(blocks, rows, 0)  # axes after the rows stay
             blocks = batched_slice(blocks, each, along, extents)
             blocks = jnp.moveaxis(blocks, 0, rows)
-        return blocks.reshape(*before, self.runs * self.sizes[0], *blocks.shape[rows + 2 :])
+        return blocks.reshape(
+            *before, self.runs * self.sizes[0], *blocks.shape[rows + 2 :]
+        )
 
     def below(self, x: jax.Array) -> jax.Array:
         """Returns what :meth:`take` would, where any block may stick out.
