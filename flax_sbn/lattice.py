@@ -1,7 +1,7 @@
 """Lattice Sampling: a few positions of every map, the same in each image and step.
 
-Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features, ``P``
-positions of a map.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features,
+``P`` positions of a map.
 """
 
 import dataclasses
@@ -194,7 +194,7 @@ class Lattice:
 
 @functools.cache
 def _lattice(extent: tuple[int, ...], wanted: int, lines: int) -> Lattice:
-    """Returns about ``wanted`` positions or more, up to ``lines`` of the longest axis."""
+    """Returns about ``wanted`` positions or more, up to one on each of ``lines``."""
     cells, sides = [1] * len(extent), list(extent)
     missing = wanted
     for axis in sorted(range(len(extent)), key=lambda axis: -extent[axis]):

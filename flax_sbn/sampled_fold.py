@@ -1,4 +1,4 @@
-r"""A layer whose output is measured at a sample, folded and applied; and its derivative.
+r"""A layer whose output is sampled, and the norm folded; and its derivative.
 
 Plain differentiation adds the sample's gradient to the input's. Where the positions are
 fixed, :func:`fixed_fold` adds it to the output's instead, ahead of the one convolution
@@ -47,11 +47,13 @@ Target = Callable[..., tuple[Statistics, Statistics]]
 class Linear(Protocol):
     """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
 
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array: ...
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns ``(N, *spatial, C)``."""
 
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Linear"]: ...
+    ) -> tuple[jax.Array, "Linear"]:
+        """Returns the input below a part of the output, and what to apply to that."""
 
 
 def fold_kernel(
@@ -233,12 +235,13 @@ def fixed_fold(
             return round_to(kernel, x.dtype)
 
         # The tangent of the sample, times the factor: through the kernel and the input.
-        _, tq = jax.jvp(lambda k: measured(x, k), [kernel], [scaled(tkernel, factor)])
+        along = wide(scaled(tkernel, factor))
+        _, tq = jax.jvp(lambda k: measured(x, k), [wide(kernel)], [along])
         output = None
         if not isinstance(tx, SymbolicZero):
             applied = rounded(kernel_folded)
-            output, *more = _with_sample(layer, parts, applied, tx)
-            tq = [(t + m).astype(t.dtype) for t, m in zip(tq, more, strict=True)]
+            output, *through = _with_sample(layer, parts, applied, tx)
+            tq = [(t + s).astype(t.dtype) for t, s in zip(tq, through, strict=True)]
         _, (tmean, tr) = jax.jvp(lambda v: moments(v, constants), [values], [tq])
         tfactor = tr / r
         if scale is not None:

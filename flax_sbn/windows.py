@@ -111,7 +111,7 @@ class Selection(Protocol):
         """Returns the extent of what is taken, of measured axes of extent ``shape``."""
 
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """Returns the values, with the measured axes ``axes`` of ``x`` in their place."""
+        """Returns the values, in the rank and axis order of ``x``."""
 
 
 class Part(NamedTuple):
