@@ -82,7 +82,7 @@ class Convolution:
                 x, here = here._below_lattice(x, selection)
             elif isinstance(selection, Windows):
                 x, here = here._below_windows(x, selection, extent)
-            extent = selection.sampled_shape((len(x), *extent))[1:]
+            extent = selection.sampled_shape((x.shape[0], *extent))[1:]
         return x, here
 
     def _below_lattice(

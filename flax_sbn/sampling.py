@@ -77,7 +77,8 @@ def sampled_parts(
             "Pass key=jax.random.key(seed), a fresh one each step."
         )
     parts = sampler.parts(shape, key)
-    if sum(part.num_values(shape) for part in parts) < 2:
+    count = sum(part.num_values(shape) for part in parts)
+    if isinstance(count, int) and count < 2:  # not symbolic, as in an export
         raise ValueError(
             f"Expected at least 2 measured values per feature, got 1 from {sampler} on "
             f"measured axes of {shape=}. Measure more rows."
