@@ -39,8 +39,6 @@ VARIANTS: dict[str, Method] = {
         Method("FS+VDN folded", sampler=_MIXED, folded=True),
         Method("Lattice", sampler=_LATTICE),
         Method("Lattice folded", sampler=_LATTICE, folded=True),
-        Method("L4 folded", sampler=sbn.LatticeSampling(4), folded=True),
-        Method("L2 folded", sampler=sbn.LatticeSampling(2), folded=True),
         Method("no norm", "none"),
     )
 }
