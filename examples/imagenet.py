@@ -90,7 +90,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how = parser.add_argument_group("how to train")
     how.add_argument(
         "--norm",
-        default="fs:1/64",
+        default="lattice",
         metavar="NAME",
         help="as in train.py, or a sampler as in Python (default: %(default)s)",
     )

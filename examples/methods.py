@@ -1,13 +1,14 @@
 """The normalizations that can be compared, and how to write them on a command line.
 
 A method is the name of one, such as ``bn``, ``gn``, ``brn`` or ``none``, or a sampler
-in short form: ``ns:1``, ``bs:4``, ``fs:1/64``, ``vdn:2``, or two of them mixed,
-``fs:1/64+vdn:4``. Amounts are rows, or for FS the share of each feature map; without
-them the paper's are used. Any other sampler is written as in Python:
-``FeatureSampling(1/16, groups=1)``. Behind each of them ``~3/4`` is the weight of the
-running statistics: ``fs:1/64~3/4``. A method that can measure a sample is told so with
-``@``: ``brn@fs:1/64``. ``ghost:4`` is batch norm of four groups of rows, ``ba:2`` of a
-batch in which each image is there twice, augmented differently.
+in short form: ``lattice``, ``bs:4``, ``fs:1/64``, ``vdn:2``, ``ns:1``, or two of them
+mixed, ``lattice+vdn:4``. Amounts are images, for FS the share of each feature map, and
+for the lattice positions of it; without them the default or the paper's are used. Any
+other sampler is written as in Python: ``FeatureSampling(1/16, groups=1)``. After each
+of them ``~3/4`` is the weight of the running statistics: ``lattice~3/4``. A method that
+can measure a sample is told so with ``@``: ``brn@lattice``. ``ghost:4`` is batch norm of
+four groups of images, ``ba:2`` of a batch in which each image is there twice, augmented
+differently.
 """
 
 import ast
@@ -164,8 +165,8 @@ def parse(text: str) -> Method:
       >>> method = parse("bs:4~3/4")
       >>> method.kind, method.sampler, method.running_weight
       ('batch', BatchSampling(num_samples=4, strata=1), 0.75)
-      >>> parse("brn@fs:1/64").sampler
-      FeatureSampling(fraction=0.015625, min_values=32, groups=None)
+      >>> parse("brn@lattice").sampler
+      LatticeSampling(num_positions=8, min_values=128)
     """
     name, tilde, weight = text.partition("~")
     name, at, sampler = name.partition("@")
@@ -221,7 +222,7 @@ def parse_method(text: str) -> Method:
     except KeyError:
         pass
     raise ValueError(
-        f"Expected a method such as {', '.join(NAMES)} or fs:1/64+vdn:4, got {text!r}."
+        f"Expected a method such as {', '.join(NAMES)} or lattice+vdn:4, got {text!r}."
     )
 
 

@@ -53,10 +53,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--norm",
         nargs="+",
         metavar="NAME",
-        help=f"any of {', '.join(methods.NAMES)}; an amount may follow: bs:8 measures "
-        "8 rows, fs:1/16 that share of each map, vdn:4 four virtual rows, "
-        "fs:1/64+vdn:4 both, brn@fs:1/64 Batch Renormalization of that share, ghost:8 "
-        f"eight groups, ba:4 four copies (default: {' '.join(methods.DEFAULT)})",
+        help=f"any of {', '.join(methods.NAMES)}; an amount may follow: lattice:4 "
+        "measures about four positions of each map, bs:8 eight images, fs:1/16 that "
+        "share of each map, vdn:4 four virtual images, lattice+vdn:4 two of them, "
+        "brn@lattice Batch Renormalization of a lattice, ghost:8 eight groups, ba:4 "
+        f"four copies (default: {' '.join(methods.DEFAULT)})",
     )
     what.add_argument(
         "--sampler",

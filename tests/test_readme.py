@@ -95,12 +95,36 @@ def test_accuracies_of_the_study_are_those_of_the_committed_results() -> None:
         return f"{statistics.mean(found):.1f} %"
 
     for text in (
-        f"{accuracy('fs:1/64')} in the study below, BN {accuracy('bn')}",
-        f"two rows at a time: {accuracy('fs:1/64+vdn:2~3/4', 2)}, where BN has "
-        f"{accuracy('bn', 2)} and group norm {accuracy('gn')}",
+        f"`FeatureSampling(1 / 64)` reaches {accuracy('fs:1/64')} in the study, BN "
+        f"{accuracy('bn')}",
+        f"for a per-device batch of 2 this reached {accuracy('fs:1/64+vdn:2~3/4', 2)}, "
+        f"where BN has {accuracy('bn', 2)} and group norm {accuracy('gn')}",
         f"which needs more of the training step, {accuracy('mabn', 2)}",
     ):
         assert text in " ".join(README.split())
+
+
+def test_distances_from_batch_norm_are_those_of_the_committed_results() -> None:
+    lines = journal.read(ROOT / "examples" / "results" / "short.jsonl")
+    records = {
+        (experiment.norm, experiment.seed): record
+        for record in lines
+        for experiment in [experiment_of(record)]
+        if experiment.batch_size == 128
+    }
+    for norm, name in (
+        ("lattice", "`LatticeSampling()`"),
+        ("fs:1/64", "`FeatureSampling(1 / 64)`"),
+    ):
+        pairs = [(records[norm, i], records["bn", i]) for i in range(10)]
+        cells = []
+        for unit, key in ((1, "train_loss"), (100, "test_accuracy")):
+            apart = [unit * (one[key][-1] - bn[key][-1]) for one, bn in pairs]
+            error = statistics.stdev(apart) / len(apart) ** 0.5
+            places = 3 if unit == 1 else 1
+            mean = f"{statistics.mean(apart):+.{places}f}"
+            cells.append(f"{mean} ± {error:.{places}f}")
+        assert f"| {name} | {cells[0]} | {cells[1]} |" in README
 
 
 def test_accuracies_of_binary_networks_are_those_of_the_committed_results() -> None:
@@ -122,38 +146,51 @@ def test_training_times_are_those_of_the_committed_results() -> None:
         (row["variant"], row["batch_size"]): row["ratio"]
         for row in json.loads(path.read_text())["results"]
     }
-    small, large = (ratio["FS 1/64 folded", size] for size in (32, 128))
-    for text in (
-        f"takes {small:.2f} of the time in batches of 32, {large:.2f} in those of 128",
-        f"`BatchSampling(8)` of 32 rows takes {ratio['BS 8 folded', 32]:.2f}.",
-    ):
-        assert text in " ".join(README.split())
+    small, large = (ratio["Lattice folded", size] for size in (32, 128))
+    assert (
+        f"takes {small:.2f} of the time of one with batch norm in batches of 32, "
+        f"{large:.2f} in batches of 128."
+    ) in " ".join(README.split())
 
 
 def test_traffic_is_that_of_the_committed_results() -> None:
-    def rows(target: str) -> dict[str, dict[str, float]]:
-        path = ROOT / "benchmarks" / "results" / f"traffic-{target}-resnet50.json"
+    def rows(target: str, model: str = "resnet50") -> dict[str, dict[str, float]]:
+        path = ROOT / "benchmarks" / "results" / f"traffic-{target}-{model}.json"
         results = json.loads(path.read_text())["results"]
         return {row["variant"]: row for row in results}
 
-    def cells(variant: str) -> Iterator[str]:
-        few = variant.replace("FS 1/64", "FS 1/64 groups=8")
-        for target, name in (("h200", variant), ("v5e", few)):
-            given = rows(target)
-            row, bn = given[name], given["flax BN"]
-            for key in ("traffic_bytes", "temp_bytes"):
-                ratio = f" ({row[key] / bn[key]:.2f} x)" if row is not bn else ""
-                yield f"{row[key] / 1e9:.1f} GB{ratio}"
+    found = {target: rows(target) for target in ("h200", "v5e")}
 
-    for variant in ("flax BN", "FS 1/64 folded", "no norm"):
+    def ratio(target: str, variant: str, key: str, digits: int = 2) -> str:
+        given = found[target]
+        return f"{given[variant][key] / given['flax BN'][key]:.{digits}f}×"
+
+    def cells(variant: str) -> Iterator[str]:
+        for target, key, unit, of in (
+            ("h200", "traffic_bytes", 1e9, "GB"),
+            ("h200", "temp_bytes", 1e9, "GB"),
+            ("v5e", "estimated_cycles", 1e6, "M"),
+            ("v5e", "temp_bytes", 1e9, "GB"),
+        ):
+            apart = f" ({ratio(target, variant, key)})" if variant != "flax BN" else ""
+            yield f"{found[target][variant][key] / unit:.1f} {of}{apart}"
+
+    for variant in ("flax BN", "Lattice folded", "no norm"):
         assert f"| {variant} | {' | '.join(cells(variant))} |" in README
-    bn, folded, none = (
-        rows("h200")[name] for name in ("flax BN", "FS 1/64 folded", "no norm")
-    )
-    for row, key, text in (
-        (folded, "traffic_bytes", "**{:.2f} x the bytes**"),
-        (folded, "temp_bytes", "**{:.2f} x the temporary memory**"),
-        (none, "traffic_bytes", "would move {:.2f} x"),
-        (folded, "compile_seconds", "takes {:.1f} times as long"),
+    readme = " ".join(README.split())
+    for target, variant, key, text in (
+        ("h200", "Lattice folded", "traffic_bytes", "{} of the memory traffic"),
+        ("h200", "Lattice folded", "temp_bytes", "{} of the temporary memory"),
+        ("v5e", "Lattice folded", "estimated_cycles", "{} of the estimated cycles"),
+        ("v5e", "Lattice folded", "temp_bytes", "{} of the memory.**"),
     ):
-        assert text.format(row[key] / bn[key]) in " ".join(README.split())
+        assert text.format(ratio(target, variant, key)) in readme
+    for target, text in (
+        ("h200", "**Compiling** takes {} times as long on the GPU"),
+        ("v5e", "On the TPU it takes {} times as long"),
+    ):
+        slower = ratio(target, "Lattice folded", "compile_seconds", 1)[:-1]
+        assert text.format(slower) in readme
+    dense = rows("h200", "densenet121")
+    less = dense["Lattice folded"]["traffic_bytes"] / dense["flax BN"]["traffic_bytes"]
+    assert f"still moves [{less:.2f}×]" in readme
