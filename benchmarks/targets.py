@@ -123,9 +123,9 @@ class Tpu:
       memory_bandwidth: of its HBM, in bytes a second.
       flops: peak of its matrix units by dtype of the computation, operations a second.
         JAX's default precision computes products of float32 in bfloat16.
-      launch_seconds: what a kernel takes at least. The 1,825 cycles that XLA estimates
-        for the smallest ones, at the 1.5 GHz with which four units of 128 x 128 reach
-        the peak of a v5e; assumed to be the same on others.
+      launch_seconds: what a kernel takes at least: the 1,825 cycles that XLA estimates
+        for the smallest ones, at the 1.5 GHz at which a v5e's four units of 128 x 128
+        reach its peak. That of others is assumed to be the same.
       batch_size: that fills it.
     """
 

@@ -197,7 +197,7 @@ def test_a_convolution_counts_without_its_scratch_memory() -> None:
         1024 + 288,
         1024,
         "jit(f)/conv(general)",
-        flops=2 * 2 * 8 * 8 * 4 * 3 * 3 * 4,
+        flops=2 * 2 * 4 * 4 * (3 * 8 - 2) ** 2,  # not of the border
     )
 
 
@@ -219,48 +219,58 @@ def test_a_fused_convolution_is_one() -> None:
     assert (kernel.kind, kernel.flops) == ("convolution", 2 * 8 * 2 * 4)
 
 
+WINDOW = "window={size=3x3 stride=2x2 pad=1_1x1_1}, dim_labels=b01f_o01i->b01f"
+
+
 @pytest.mark.parametrize(
     ("shapes", "call", "operations"),
     [
-        # Each of 4 x 4 outputs and 6 features is a sum over 3 x 3 x 5 inputs; cuDNN
-        # writes the gradients as the convolution that they are gradients of.
+        # In each direction 4 windows of 3 have 12 places, one of them in the padding.
+        # cuDNN writes gradients as the convolution that they are gradients of.
         (
             ("bf16[2,8,8,5]", "bf16[6,3,3,5]", "bf16[2,4,4,6]"),
-            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+            f'custom-call(%a, %b), {WINDOW}, \
 custom_call_target="__cudnn$convBiasActivationForward"',
-            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+            2 * 2 * 6 * 5 * 11 * 11,
         ),
         (
             ("bf16[2,8,8,5]", "bf16[2,4,4,6]", "bf16[6,3,3,5]"),
-            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+            f'custom-call(%a, %b), {WINDOW}, \
 custom_call_target="__cudnn$convBackwardFilter"',
-            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+            2 * 2 * 6 * 5 * 11 * 11,
         ),
         (
             ("bf16[2,4,4,6]", "bf16[6,3,3,5]", "bf16[2,8,8,5]"),
-            'custom-call(%a, %b), dim_labels=b01f_o01i->b01f, \
+            f'custom-call(%a, %b), {WINDOW}, \
 custom_call_target="__cudnn$convBackwardInput"',
-            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+            2 * 2 * 6 * 5 * 11 * 11,
         ),
         # The same gradients as other compilers write them.
         (
             ("f32[2,8,8,5]", "f32[2,4,4,6]", "f32[3,3,5,6]"),
             "convolution(%a, %b), window={size=4x4 pad=1_0x1_0 rhs_dilate=2x2}, "
             "dim_labels=f01b_i01o->01bf",
-            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+            2 * 2 * 6 * 5 * 11 * 11,
         ),
         (
             ("f32[2,4,4,6]", "f32[3,3,5,6]", "f32[2,8,8,5]"),
             "convolution(%a, %b), window={size=3x3 pad=1_2x1_2 lhs_dilate=2x2 "
             "rhs_reversal=1x1}, dim_labels=b01f_01oi->b01f",
-            2 * (2 * 4 * 4 * 6) * (3 * 3 * 5),
+            2 * 2 * 6 * 5 * 11 * 11,
+        ),
+        # A 1 x 1 convolution that takes its images for the kernel.
+        (
+            ("bf16[1,1,6,5]", "bf16[2,8,8,5]", "bf16[2,8,8,6]"),
+            "convolution(%a, %b), window={size=8x8 pad=7_7x7_7 rhs_reversal=1x1}, "
+            "dim_labels=01bf_o01i->f01b",
+            2 * 2 * 6 * 5 * 8 * 8,
         ),
         # Two groups of features: a kernel sees half of the inputs.
         (
-            ("f32[2,8,8,4]", "f32[3,3,2,6]", "f32[2,8,8,6]"),
-            "convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, "
-            "dim_labels=b01f_01io->b01f, feature_group_count=2",
-            2 * (2 * 8 * 8 * 6) * (3 * 3 * 2),
+            ("f32[2,8,8,4]", "f32[3,3,2,6]", "f32[2,6,6,6]"),
+            "convolution(%a, %b), window={size=3x3}, dim_labels=b01f_01io->b01f, "
+            "feature_group_count=2",
+            2 * (2 * 6 * 6 * 6) * (3 * 3 * 2),
         ),
         (
             ("bf16[7,8,4]", "bf16[7,4,2]", "bf16[7,8,2]"),
