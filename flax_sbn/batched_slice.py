@@ -44,7 +44,7 @@ def batched_slice(
     if jax.default_backend() == "tpu" and len(axes) > 1:
         warnings.warn(
             "Patches at random places are gathered, which a TPU does slowly. "
-            "LatticeSampling() is for TPUs, and as accurate.",
+            "Use LatticeSampling(), which needs no gather and is nearer to batch norm.",
             stacklevel=2,
         )
     extents = [x.shape[axis] for axis in axes]

@@ -197,9 +197,10 @@ def _lattice(extent: tuple[int, ...], wanted: int, lines: int) -> Lattice:
     """Returns about ``wanted`` positions or more, up to one on each of ``lines``."""
     cells, sides = [1] * len(extent), list(extent)
     missing = wanted
-    for axis in sorted(range(len(extent)), key=lambda axis: -extent[axis]):
+    order = sorted(range(len(extent)), key=lambda axis: -extent[axis])
+    for axis in order:
         # Several on a line only where a line each is by far too little.
-        most = max(lines, wanted) if missing == wanted else missing
+        most = max(lines, wanted) if axis == order[0] else missing
         sides[axis] = -(-extent[axis] // most)
         cells[axis] = -(-extent[axis] // sides[axis])
         missing = max(1, round(missing / cells[axis]))

@@ -207,8 +207,8 @@ class FeatureSampling:
       groups: the rows are split into the largest number of equal runs that is at most
         ``groups``, each with a patch of its own, all of them spread over the map; None
         for a patch for every row. ``groups=1`` is the paper's FS, which lets the noise
-        of the one place into the statistics; groups, and ``min_values``, are ours. On a
-        TPU a group costs time, take a few there.
+        of the one place into the statistics; groups, and ``min_values``, are ours. A
+        TPU gathers patches slowly: take :class:`LatticeSampling` there.
 
     Raises:
       ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
@@ -250,7 +250,7 @@ class FeatureSampling:
         if not extent:
             raise ValueError(
                 f"Expected an input with spatial axes for {self}, got measured axes of "
-                f"{shape=}. Use BatchSampling for inputs of rows and features only."
+                f"{shape=}. Use LatticeSampling or BatchSampling for inputs without."
             )
         most = rows if self.groups is None else min(self.groups, rows)
         groups = next(n for n in range(most, 0, -1) if rows % n == 0)

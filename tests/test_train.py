@@ -232,7 +232,7 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch, capsys) -> None
     ("argv", "message"),
     [
         (["--norm", "bs:1000"], r"num_samples=1000 and batch size 128"),
-        (["--norm", "fs", "--model", "mlp"], "Use BatchSampling for inputs of rows"),
+        (["--norm", "fs", "--model", "mlp"], "Use LatticeSampling or BatchSampling"),
         (["--norm", "nonsense"], "Expected a method"),
         (["--sampler", "BatchSampling(0)"], "num_samples=0"),
         (["--batch-size", "5000"], "batch_size=5000"),
