@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+import noise_chart
 import scaling_chart
 from theme import COLOURS, THEMES, Draw, save, style_bars
 
@@ -107,6 +108,8 @@ def draw(report: Report, prefix: str, folder: Path) -> None:
 def _drawing(report: Report) -> Draw | None:
     if report["benchmark"] == "scaling" and scaling_chart.cases(report):
         return functools.partial(scaling_chart.figure, report)
+    if report["benchmark"] == "noise":
+        return functools.partial(noise_chart.figure, report)
     if report["benchmark"] in CHARTS:
         chart = CHARTS[report["benchmark"]](report)
         return functools.partial(_figure, chart) if chart.panels else None

@@ -2,10 +2,10 @@
 
 ``docs/benchmarks.md``, of many devices ``docs/scaling.md``, and ``docs/reliability.md``
 get those of benchmarks/results, the newest of each device and case;
-``docs/accuracy.md`` those of the studies in examples/, ``docs/normalizers.md`` that of
-all normalizers. What stands between the markers of a page, such as
-``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest left alone.
-``--check`` writes nothing and fails if a page is out of date.
+``docs/accuracy.md`` those of the studies in examples/ and the noise of samples,
+``docs/normalizers.md`` that of all normalizers. What stands between the markers of a
+page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest
+left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import curves
+import noise_table
 import plots
 import reliability_tables
 import studies
@@ -62,16 +63,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     found = studies.read(args.root / "examples")
-    pages = [*result_pages(args.root), *study_pages(args.root, found)]
+    reports = newest(read(args.root / "benchmarks" / "results"))
+    pages = [
+        *result_pages(args.root, reports),
+        *study_pages(args.root, found, reports),
+    ]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
         print(f"{page.path} is out of date: run {Path(__file__).name}", file=sys.stderr)
     return int(args.check and bool(old))
 
 
-def result_pages(root: Path) -> list[Page]:
+def result_pages(root: Path, reports: Sequence[Report]) -> list[Page]:
     """Returns the pages of results: of one device, of many, and of reliability."""
-    reports = newest(read(root / "benchmarks" / "results"))
     many = {"scaling"}
     one = tables.TABLES.keys() - many
     return [
@@ -112,12 +116,21 @@ def result_page(
     return Page(path, charts, sections, draw)
 
 
-def study_pages(root: Path, found: Sequence[studies.Study]) -> list[Page]:
-    """Returns the pages of accuracies: of all studies, and of all normalizers."""
+def study_pages(
+    root: Path, found: Sequence[studies.Study], reports: Sequence[Report]
+) -> list[Page]:
+    """Returns the pages of accuracies: of all studies, and of all normalizers.
+
+    What samples do to gradients stands on the first of them.
+    """
     apart = [study for study in found if study.kind == "normalizers"]
     others = [study for study in found if study.kind != "normalizers"]
+    path = root / "docs" / "accuracy.md"
+    table = {"noise": ("noise", noise_table.noise_table)}
     return [
-        study_page(root / "docs" / "accuracy.md", _STUDY, others),
+        joined(
+            study_page(path, _STUDY, others), result_page(path, _STUDY, table, reports)
+        ),
         study_page(root / "docs" / "normalizers.md", _NORMALIZERS, apart),
     ]
 
@@ -135,6 +148,16 @@ def study_page(path: Path, charts: str, found: Sequence[studies.Study]) -> Page:
         shown = images(names, curves.ALT.get(study.kind, ""))
         sections[study.name] = studies.section(study, shown)
     return Page(path, charts, sections, draw)
+
+
+def joined(page: Page, more: Page) -> Page:
+    """Returns a page with the sections and charts of both."""
+
+    def draw(folder: Path) -> None:
+        page.draw(folder)
+        more.draw(folder)
+
+    return page._replace(sections=page.sections | more.sections, draw=draw)
 
 
 def update(page: Page, *, write: bool) -> bool:

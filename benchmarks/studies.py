@@ -25,7 +25,7 @@ _SHORT = {
     "BatchSampling": "BS",
     "VirtualSampling": "VDN",
 }
-_PM = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+PM = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
 _EARLY = 3  # the epoch at which tables show how fast a training starts
 
 
@@ -222,7 +222,7 @@ def spread(values: Sequence[float], digits: int) -> str:
     mean = number(statistics.mean(values), digits)
     if len(values) < 2:
         return mean
-    return f"{mean}{_PM}{number(statistics.stdev(values), digits)}"
+    return f"{mean}{PM}{number(statistics.stdev(values), digits)}"
 
 
 def difference(
@@ -246,7 +246,7 @@ def difference(
     if len(both) < 2:
         return mean
     error = statistics.stdev(both) / len(both) ** 0.5
-    return f"{mean}{_PM}{number(error, digits)}"
+    return f"{mean}{PM}{number(error, digits)}"
 
 
 TABLES: dict[str, Callable[[Study], str]] = {

@@ -13,6 +13,7 @@ import studies
 import tables
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("offset", "noise")
 ABOUT = {
     "device": "Some GPU",
     "machine": "4 cores, Some CPU",
@@ -63,7 +64,8 @@ def folder(tmp_path) -> Path:
         f"# Mine\n{''.join(markers.values())}The end.\n"
     )
     (docs / "accuracy.md").write_text(
-        "# Mine\n<!-- begin: ratio-short -->\n<!-- end -->\n"
+        "# Mine\n<!-- begin: noise -->\n<!-- end -->\n"
+        "<!-- begin: ratio-short -->\n<!-- end -->\n"
     )
     (docs / "normalizers.md").write_text("# All of them\n")
     (docs / "reliability.md").write_text(
@@ -181,6 +183,48 @@ def test_a_study_without_results_says_so(folder) -> None:
     page = (folder / "docs" / "accuracy.md").read_text()
     assert "Not trained yet" in page
     assert not list(folder.glob("docs/_static/study*"))
+
+
+def noise(sampler: str, batch_size: int, gradient: float) -> dict:
+    """A result of a sampler."""
+    errors = {f"{of}_{part}": 0.02 for of in ("mean", "log_var") for part in PARTS}
+    return {
+        "sampler": sampler,
+        "batch_size": batch_size,
+        "batches": 64,
+        "measured": 0.125,
+        "gradient": gradient,
+        "gradient_error": 0.5 if gradient > 1 else 0.0,
+        "statistics": [{"size": 32, **errors}],
+    }
+
+
+def test_the_noise_of_samples_is_shown_beside_the_studies(folder) -> None:
+    rows = [
+        noise("BatchSampling(8)", 128, 2.0),
+        noise("a grid", 128, 0.123),
+        noise("BatchSampling(8)", 8, 1e-12),
+        noise("a grid", 8, 0.0451),
+    ]
+    network = {
+        "settings": {"model": "resnet8", "width": 8, "epochs": 6},
+        "train_size": 4096,
+        "test_accuracy": 0.5,
+    }
+    result = results("2026-11-03", *rows) | {"benchmark": "noise"} | network
+    (folder / "benchmarks" / "results" / "noise.json").write_text(json.dumps(result))
+    assert run(folder) == 0
+    page = (folder / "docs" / "accuracy.md").read_text()
+    lines = ["".join(line.split()) for line in page.splitlines()]
+    assert "|agrid|12.5%|0.12|0.045|" in lines
+    assert "|`BatchSampling(8)`|12.5%|2.0±0.5|0|" in lines
+    assert "|agrid|20,20|20,20|" in lines
+    assert "for 6 epochs on 4,096 images of CIFAR-10 (test accuracy 50%)" in page
+    for theme in ("light", "dark"):
+        name = f"study-noise-some-gpu-bfloat16-{theme}.svg"
+        assert f"_static/{name}" in page
+        assert (folder / "docs" / "_static" / name).exists()
+    assert run(folder, "--check") == 0
 
 
 def test_normalizers_have_a_page_of_their_own(folder) -> None:
