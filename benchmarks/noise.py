@@ -2,9 +2,10 @@
 
 A small network is trained with ordinary batch norm. At its weights, on batches of real
 images, each sampler's statistics are compared with those of the whole batch, and so are
-the gradients. What predicts training is the squared distance of the two gradients,
-divided by what gradients differ from batch to batch anyway: a tenth adds as much noise
-as a batch that is a tenth smaller. Prints tables and writes JSON.
+the gradients. The one figure for training is the squared distance of the two gradients,
+divided by the variance that gradients have from batch to batch anyway: where it is a
+tenth, and not the same in all batches, it adds about as much noise as a batch that is a
+tenth smaller. Prints tables and writes JSON.
 """
 
 import argparse

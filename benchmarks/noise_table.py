@@ -36,8 +36,8 @@ def noise_table(report: Report) -> str:
     return "\n\n".join(
         [
             f"{settings['model']} of width {settings['width']}, trained with batch "
-            f"norm for {settings['epochs']} epochs on {report['train_size']:,} images of "
-            f"CIFAR-10 (test accuracy {report['test_accuracy']:.0%}); "
+            f"norm for {settings['epochs']} epochs on {report['train_size']:,} images "
+            f"of CIFAR-10 (test accuracy {report['test_accuracy']:.0%}); "
             f"{first[0]['batches']} batches of these images.",
             "Squared distance of the gradient from that with the whole batch's "
             "statistics, divided by the variance of the gradient between batches; with "
