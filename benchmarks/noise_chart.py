@@ -43,7 +43,7 @@ def figure(report: Report, ink: str, soft: str) -> Figure:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(
         "error of the gradient, relative to the noise of batches (dashed):\n"
-        "less is better",
+        f"less is better; measured shares are those of batch {sizes[0]}",
         color=ink,
         fontsize=9.5,
     )
