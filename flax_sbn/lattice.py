@@ -30,11 +30,13 @@ class LatticeSampling:
     positions, no two of which share a line or a column:
 
     .. math::
-      h_i = s i + \lfloor s / 2 \rfloor, \qquad
-      w_i = \lfloor (2 k_i + 1) L / 2P \rfloor, \qquad
-      k_i = (a i + \lfloor P / 2 \rfloor) \bmod P, \qquad i = 0 \dots P - 1
+      \begin{aligned}
+      h_i &= s i + \lfloor s / 2 \rfloor \\
+      w_i &= \lfloor (2 k_i + 1) L / 2P \rfloor \\
+      k_i &= (a i + \lfloor P / 2 \rfloor) \bmod P
+      \end{aligned}
 
-    with the smallest step ``s`` for which :math:`P = \lceil L / s \rceil` is at most
+    for ``i`` from 0 to ``P - 1``, with the smallest step ``s`` for which :math:`P = \lceil L / s \rceil` is at most
     ``4 * num_positions``, and ``a`` prime to ``P`` such that the positions are far from
     each other. So a map of up to 32 lines is measured once on each line and once on
     each column, its borders as often as they occur: what lines and columns have of

@@ -52,7 +52,7 @@ class Linear(Protocol):
 
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Linear"]:
+    ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
         """Returns the input below a part of the output, and what to apply to that."""
 
 
@@ -203,19 +203,26 @@ def fixed_fold(
       The output before residual and activation, and the measured statistics.
     """
 
+    def narrow(kernel: jax.Array) -> jax.Array:
+        return round_to(kernel, x.dtype)
+
     def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
-        return layer.read(parts, x, round_to(kernel, x.dtype))
+        return layer.read(parts, x, narrow(kernel))
 
     call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), *others)
 
-    def evaluate(
+    def output(
+        x: jax.Array, kernel: jax.Array, towards: Statistics, scale: Any, bias: Any
+    ) -> jax.Array:
+        mean = layer.mean_below(parts, x) if with_mean else None
+        return layer.apply(x, kernel, towards, mean, scale, bias)
+
+    @jax.custom_jvp
+    def folded(
         x: jax.Array, kernel: jax.Array, scale: Any, bias: Any, constants: Any
     ) -> tuple[jax.Array, Statistics]:
         statistics, towards = call(measured(x, kernel), *constants)
-        mean = layer.mean_below(parts, x) if with_mean else None
-        return layer.apply(x, kernel, towards, mean, scale, bias), statistics
-
-    folded = jax.custom_jvp(evaluate)
+        return output(x, kernel, towards, scale, bias), statistics
 
     def jvp(primals: Any, tangents: Any) -> Any:
         x, kernel, scale, bias, constants = primals
@@ -223,48 +230,40 @@ def fixed_fold(
         tkernel, tscale, tbias, tconstants = map(_dense, primals[1:], others)
 
         def moments(values: list[jax.Array], constants: Any) -> Any:
-            _, towards = call(values, *constants)
-            return towards.mean, lax.rsqrt(towards.var + layer.epsilon)
+            statistics, towards = call(values, *constants)
+            return statistics, towards, lax.rsqrt(towards.var + layer.epsilon)
 
+        # Once, as sums over devices are not merged afterwards.
         values = measured(x, kernel)
-        m, r = moments(values, constants)
+        (statistics, towards, r), along = jax.linearize(moments, values, constants)
         factor = r if scale is None else r * scale
         kernel_folded = scaled(kernel, factor)
 
-        def rounded(kernel: jax.Array) -> jax.Array:
-            return round_to(kernel, x.dtype)
-
-        # The tangent of the sample, times the factor: through the kernel and the input.
-        along = wide(scaled(tkernel, factor))
-        _, tq = jax.jvp(lambda k: measured(x, k), [wide(kernel)], [along])
-        output = None
+        # The tangent of the sample, and that times the factor.
+        tnarrow = jax.jvp(narrow, [kernel], [tkernel])[1]
+        tz = layer.read(parts, x, tnarrow)
+        tscaled = wide(scaled(tkernel, factor))
+        tq = layer.read(parts, x, jax.jvp(narrow, [wide(kernel)], [tscaled])[1])
+        ty = None
         if not isinstance(tx, SymbolicZero):
-            applied = rounded(kernel_folded)
-            output, *through = _with_sample(layer, parts, applied, tx)
+            tz = [*map(jnp.add, tz, layer.read(parts, tx, narrow(kernel)))]
+            ty, *through = _with_sample(layer, parts, narrow(kernel_folded), tx)
             tq = [(t + s).astype(t.dtype) for t, s in zip(tq, through, strict=True)]
-        _, (tmean, tr) = jax.jvp(lambda v: moments(v, constants), [values], [tq])
-        tfactor = tr / r
-        if scale is not None:
-            tfactor += r * tscale
-        _, (cm, cr) = jax.jvp(lambda c: moments(values, c), [constants], [tconstants])
-        tfactor += cr if scale is None else scale * cr
-        tmean += factor * cm
-        tshift = -tmean - m * tfactor
+
+        _, tq_towards, tq_r = along(tq, _zeros(constants))
+        _, tc_towards, tc_r = along(_zeros(values), tconstants)
+        tstatistics, _, _ = along(tz, tconstants)
+        tmean = tq_towards.mean + factor * tc_towards.mean
+        tfactor = tq_r / r + (tc_r if scale is None else scale * tc_r + r * tscale)
+        tshift = -tmean - towards.mean * tfactor
         if bias is not None:
             tshift += tbias
 
         tfolded = scaled(tkernel, factor) + scaled(kernel, tfactor)
-        _, tapplied = jax.jvp(rounded, [kernel_folded], [tfolded])
-        ty = layer.linear(x, tapplied)
-        ty = layer.shifted(ty if output is None else output + ty, tshift)
-        y, statistics = folded(*primals)
-
-        def of_values(x: jax.Array, kernel: jax.Array, constants: Any) -> Statistics:
-            return call(measured(x, kernel), *constants)[0]
-
-        _, tstatistics = jax.jvp(
-            of_values, [x, kernel, constants], [_dense(x, tx), tkernel, tconstants]
-        )
+        _, tapplied = jax.jvp(narrow, [kernel_folded], [tfolded])
+        by_kernel = layer.linear(x, tapplied)
+        ty = layer.shifted(by_kernel if ty is None else ty + by_kernel, tshift)
+        y = output(x, kernel, towards, scale, bias)
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
@@ -288,15 +287,20 @@ def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Ar
 
 def _dense(primals: Any, tangents: Any) -> Any:
     """Returns tangents that are arrays, of which none is left out."""
+    return jax.tree.map(
+        lambda x, t: _zeros(x) if isinstance(t, SymbolicZero) else t, primals, tangents
+    )
 
-    def dense(primal: Any, tangent: Any) -> Any:
-        if not isinstance(tangent, SymbolicZero):
-            return tangent
-        if not jnp.issubdtype(primal.dtype, jnp.inexact):
-            return np.zeros(primal.shape, jax.dtypes.float0)
-        return jnp.zeros_like(primal)
 
-    return jax.tree.map(dense, primals, tangents)
+def _zeros(primals: Any) -> Any:
+    """Returns tangents that are zero."""
+
+    def zero(x: jax.Array) -> Any:
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.zeros_like(x)
+        return np.zeros(x.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zero, primals)
 
 
 def _with_sample(
