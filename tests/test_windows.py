@@ -113,18 +113,14 @@ def test_gradients_go_to_the_positions_taken(name):
 
 
 @pytest.mark.parametrize("name", [name for name in WINDOWS if "in-rows" not in name])
-def test_a_fork_gives_the_array_and_the_blocks_and_adds_their_gradients(name):
+def test_what_is_below_is_what_is_taken(name):
     extent, part = part_of(name)
     (windows,) = part.windows
     x = jnp.arange(2.0 * math.prod(extent)).reshape(*extent, 2)
-
-    def separate(x):
-        return x, part.take(x, range(len(extent)))
-
-    actual, pullback = jax.vjp(jax.jit(windows.fork), x)
-    expected, separate_pullback = jax.vjp(separate, x)
+    actual, pullback = jax.vjp(jax.jit(windows.below), x)
+    expected, taken_pullback = jax.vjp(lambda x: part.take(x, range(len(extent))), x)
     chex.assert_trees_all_equal(actual, expected)
-    chex.assert_trees_all_equal(pullback(actual), separate_pullback(expected))
+    chex.assert_trees_all_equal(pullback(actual), taken_pullback(expected))
 
 
 OUTSIDE = {
@@ -146,18 +142,17 @@ def test_windows_that_stick_out_read_zeros(name):
     expected = samples.take(inside, padded.reshape(-1, *padded.shape[2:]))
     take = jax.jit(lambda x: windows.take(x, (0, 1, 2)))
     chex.assert_trees_all_equal(np.asarray(take(x)), expected)
-    chex.assert_trees_all_equal(np.asarray(jax.jit(windows.fork)(x)[1]), expected)
+    chex.assert_trees_all_equal(np.asarray(jax.jit(windows.below)(x)), expected)
     features_first = jax.jit(lambda x: windows.take(x, (1, 2, 3)))
     chex.assert_trees_all_equal(
         np.asarray(features_first(np.moveaxis(x, -1, 0))), np.moveaxis(expected, -1, 0)
     )
 
 
-def test_a_forked_block_at_one_place_may_stick_out():
+def test_below_a_block_at_one_place_may_stick_out():
     x = jnp.arange(12.0).reshape(4, 3)
     for start in (-1, jnp.int32(-1)):
-        whole, block = Windows(1, (2, start), (2, 3)).fork(x)
-        chex.assert_trees_all_equal(whole, x)
+        block = Windows(1, (2, start), (2, 3)).below(x)
         chex.assert_trees_all_equal(block, jnp.array([[0.0, 6, 7], [0, 9, 10]]))
 
 
