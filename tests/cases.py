@@ -14,6 +14,7 @@ import numpy as np
 
 import flax_sbn as sbn
 
+LATTICE = sbn.LatticeSampling(2, min_values=32)
 SAMPLERS: dict[str, sbn.Sampler] = {
     "NS": sbn.NaiveSampling(4),
     "BS": sbn.BatchSampling(4),
@@ -27,8 +28,11 @@ SAMPLERS: dict[str, sbn.Sampler] = {
     "BS+VDN": sbn.MixedSampling(
         sbn.BatchSampling(4), sbn.VirtualSampling(4, strata=2), virtual_weight=0.25
     ),
+    "lattice": LATTICE,
+    "lattice+VDN": sbn.MixedSampling(LATTICE, sbn.VirtualSampling(4)),
 }
-SPATIAL = {"FS-one-patch", "FS", "FS+VDN"}  # those that need more than rows
+# Those that need more than rows. A lattice does not: without a map it measures all.
+SPATIAL = {"FS-one-patch", "FS", "FS+VDN"}
 
 # Small inputs by rank, features last.
 SHAPES: dict[int, tuple[int, ...]] = {

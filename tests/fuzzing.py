@@ -98,15 +98,21 @@ _PATCHES = st.builds(
     min_values=st.sampled_from([8, 32]),
     groups=st.sampled_from([1, 2, None]),
 )
+_LATTICES = st.builds(
+    sbn.LatticeSampling,
+    st.sampled_from([1, 2, 8]),
+    min_values=st.sampled_from([8, 32]),
+)
 _VIRTUAL = st.builds(sbn.VirtualSampling, st.sampled_from([2, 4]), _STRATA)
 _SAMPLERS = st.one_of(
     st.none(),
     _ROWS,
     _PATCHES,
+    _LATTICES,
     _VIRTUAL,
     st.builds(
         sbn.MixedSampling,
-        st.one_of(_ROWS, _PATCHES),
+        st.one_of(_ROWS, _PATCHES, _LATTICES),
         _VIRTUAL,
         st.sampled_from([0.25, 0.5]),
     ),

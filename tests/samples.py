@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 import flax_sbn as sbn
+from flax_sbn.lattice import Lattice
 from flax_sbn.sampling import sampled_parts
-from flax_sbn.windows import Windows
+from flax_sbn.windows import Selection, Windows
 from tests import reference
 
 KEY = jax.random.key(7)
@@ -20,7 +21,16 @@ batch_statistics = jax.jit(sbn.batch_statistics, static_argnames=STATIC)
 batch_norm = jax.jit(sbn.batch_norm, static_argnames=(*STATIC, "dtype"))
 
 
-def take(windows: Windows, x: np.ndarray) -> np.ndarray:
+def take(selection: Selection, x: np.ndarray) -> np.ndarray:
+    """Returns the values at the positions; features, if there are any, last."""
+    if isinstance(selection, Lattice):
+        values = x[:, *np.transpose(selection.positions)]
+        return np.expand_dims(values, tuple(range(2, 1 + len(selection.cells))))
+    assert isinstance(selection, Windows)
+    return windows_taken(selection, x)
+
+
+def windows_taken(windows: Windows, x: np.ndarray) -> np.ndarray:
     """Returns the values in the windows, run by run."""
     starts = [np.broadcast_to(start, windows.runs) for start in windows.starts]
     blocks = []
@@ -37,8 +47,8 @@ def measured(
     wheres, weights = [], []
     for part in sampled_parts(sampler, tuple(extent), key):
         index = np.arange(math.prod(extent)).reshape(extent)
-        for windows in part.windows:
-            index = take(windows, index)
+        for selection in part.windows:
+            index = take(selection, index)
         wheres.append(np.zeros(extent, bool))
         wheres[-1].flat[index] = True
         weights.append(part.weight)

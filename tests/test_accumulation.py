@@ -18,6 +18,7 @@ SAMPLERS = {
     "all": None,
     "BS": sbn.BatchSampling(2),
     "FS+VDN": sbn.MixedSampling(sbn.FeatureSampling(1 / 4), sbn.VirtualSampling(2)),
+    "lattice": sbn.LatticeSampling(2, min_values=1),
 }
 CASES = pytest.mark.parametrize(
     ("step", "name", "folded"),
@@ -26,6 +27,7 @@ CASES = pytest.mark.parametrize(
         (linen_step, "BS", True),
         (nnx_step, "BS", False),
         (nnx_step, "FS+VDN", True),
+        (linen_step, "lattice", True),
     ],
 )
 

@@ -29,7 +29,8 @@ LINEAR = {
 }
 SHAPES = {"conv": ((16, 9, 8, 6), (16, 5, 4, 4)), "dense": ((16, 7, 6), (16, 7, 4))}
 NORM = ["use_scale", "use_bias", "epsilon", "momentum", "axis_name", "sampler"]
-SAMPLERS = {"all": None} | {n: cases.SAMPLERS[n] for n in ("NS", "BS", "FS", "FS+VDN")}
+NAMES = ("NS", "BS", "FS", "FS+VDN", "lattice")
+SAMPLERS = {"all": None} | {name: cases.SAMPLERS[name] for name in NAMES}
 DTYPES = [  # of the input and the parameters, and the layer's own
     ("float32", "float32", None),
     ("bfloat16", "float32", "bfloat16"),

@@ -5,11 +5,14 @@ import functools
 import itertools
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import flax_sbn as sbn
+from flax_sbn.convolution import make_convolution
+from flax_sbn.lattice import Lattice
 from flax_sbn.windows import Part, Windows
 from tests import cases, reference, samples, unfolded
 from tests.closeness import assert_same_to_rounding
@@ -37,6 +40,20 @@ REFERENCE = [
     ("VDN-strata", (12,), (3,), (1,), ((2, 0),), (1,), (1,), 1),
     ("FS+VDN", (9, 8), (3, 3), (1, 1), ((-1, 2), (2, -2)), (1, 2), (2, 1), 1),
     ("BS+VDN", (9, 8), (4, 2), (3, 2), ((1, 2), (0, 1)), (1, 1), (1, 1), 2),
+    # These measure 5 to 8 positions of larger maps.
+    ("lattice", (9, 8), (3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1), (1, 1), 1),
+    ("lattice", (23,), (5,), (2,), ((3, -1),), (1,), (2,), 4),
+    ("lattice", (9, 12), (3, 2), (2, 1), ((-1, 2), (2, -2)), (1, 2), (2, 1), 2),
+    (
+        "lattice",
+        (5, 6, 4),
+        (3, 1, 2),
+        (1, 2, 1),
+        ((1, 1), (-1, 0), (0, 1)),
+        *[(1, 1, 2)] * 2,
+        1,
+    ),
+    ("lattice+VDN", (9, 8), (3, 2), (2, 1), ((2, 1), (0, 3)), (2, 1), (1, 2), 1),
 ]
 
 
@@ -164,6 +181,50 @@ def test_a_patch_may_be_anywhere(case, x64):
         unfolded.quick_jit(functools.partial(measure, runs=len(places)))(many, starts),
         moments([block(z, place) for z, place in zip(each, places, strict=True)]),
     )
+
+
+def conv_of_users(*args, **kwargs):
+    """A convolution that is not JAX's own, but gives the same."""
+    return jax.lax.conv_general_dilated(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases.pairwise(
+        border=list(cases.BORDERS),
+        rank=[1, 2, 3],
+        strides=[(1, 1, 1), (2, 3, 1)],
+        kernel_dilation=[(1, 1, 1), (2, 1, 3)],
+        groups=[1, 2],
+        function=[jax.lax.conv_general_dilated, conv_of_users],
+    ),
+    ids=lambda case: "-".join(getattr(v, "__name__", str(v)) for v in case.values()),
+)
+def test_each_position_of_a_lattice_is_the_output_there(case, x64):
+    rank, groups = case["rank"], case["groups"]
+    options = {
+        "strides": case["strides"][:rank],
+        "kernel_dilation": case["kernel_dilation"][:rank],
+        **cases.border(case["border"], rank),
+    }
+    x = cases.inputs((2, *(7, 8, 6)[:rank], 4), "float64")
+    window = (3, 2, 2)[:rank]
+    kernel = cases.inputs((*window, 4 // groups, 4), "float64", seed=1)
+    z = unfolded.conv(x, kernel, feature_group_count=groups, **options)
+    extent = z.shape[1:-1]
+    everywhere = tuple(itertools.product(*map(range, extent)))
+    part = Part(1.0, (Lattice(extent, (1,) * rank, everywhere),))
+    padded, convolution = make_convolution(
+        x,
+        window,
+        groups=groups,
+        precision=None,
+        function=case["function"],
+        **options,
+    )
+    below, there = convolution.below(padded, part, extent)
+    expected = z.reshape(2, -1, *[1] * (rank - 1), 4)
+    assert_same_to_rounding(there(below, kernel), expected)
 
 
 @dataclasses.dataclass(frozen=True)

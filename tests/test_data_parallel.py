@@ -73,6 +73,7 @@ def by_shard_map(loss, *args, lower=False, synchronized=True):
 # What a device measures, and the same of the whole batch on one device. Of patches, all
 # rows share one place: else it depends on the row's place in the batch.
 PATCH = sbn.FeatureSampling(1 / 4, groups=1)
+LATTICE = sbn.LatticeSampling(2, min_values=1)  # 8 of 64 positions
 SAMPLERS = {
     "all": (None, None),
     "BS": (sbn.BatchSampling(2), sbn.BatchSampling(16, strata=8)),
@@ -82,6 +83,7 @@ SAMPLERS = {
         sbn.MixedSampling(PATCH, sbn.VirtualSampling(1)),
         sbn.MixedSampling(PATCH, sbn.VirtualSampling(8, strata=8)),
     ),
+    "lattice": (LATTICE, LATTICE),
 }
 WAYS = {
     "jit": by_jit(AxisType.Auto),

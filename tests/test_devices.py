@@ -151,7 +151,7 @@ def test_groups_of_devices_pool_separately():
             assert_close(actual.var[device], var, num=half.size)
 
 
-@pytest.mark.parametrize("name", ["all", "BS", "FS", "BS+VDN"])
+@pytest.mark.parametrize("name", ["all", "BS", "FS", "BS+VDN", "lattice"])
 def test_gradients_through_pooled_statistics_are_those_of_one_device(name):
     sampler, x = SAMPLERS[name], cases.inputs(SHAPE)
     g = cases.inputs(SHAPE, seed=1)
@@ -209,6 +209,7 @@ LOCAL = [
     sbn.VirtualSampling(16, strata=8),
     sbn.FeatureSampling(1 / 4),
     sbn.FeatureSampling(1 / 4, groups=1),
+    sbn.LatticeSampling(1, min_values=1),
     sbn.MixedSampling(sbn.FeatureSampling(1 / 4), sbn.VirtualSampling(16, strata=8)),
     sbn.MixedSampling(
         sbn.BatchSampling(16, strata=8), sbn.VirtualSampling(16, strata=8)

@@ -10,7 +10,7 @@ from tests.teaching import message_while_tracing
 
 KEY = jax.random.key(0)
 BS, NS, FS = sbn.BatchSampling, sbn.NaiveSampling, sbn.FeatureSampling
-VDN, Mixed = sbn.VirtualSampling, sbn.MixedSampling
+VDN, Mixed, Lattice = sbn.VirtualSampling, sbn.MixedSampling, sbn.LatticeSampling
 ROWS, MAPS = (8, 3), (8, 4, 4, 3)
 
 
@@ -52,6 +52,14 @@ ERRORS = {
     "vdn-strata": (ROWS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
     "one-value": (ROWS, measure(NS(1)), ValueError, "got 1 from", "more rows"),
     "one-row": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more rows"),
+    "one-pixel": ((1, 1, 1, 3), measure(Lattice()), ValueError, "got 1", "more rows"),
+    "no-map": (
+        (8, 4, 0, 3),
+        measure(Lattice()),
+        ValueError,
+        "shape=(8, 4, 0)",
+        "axis`",
+    ),
     "fs-rows": (ROWS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
     "no-rows": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
     "no-pixels": ((8, 0, 3), measure(BS(2)), ValueError, "shape=(8, 0)", "axis`"),
@@ -98,6 +106,10 @@ ERRORS = {
             (lambda strata: VDN(4, strata), "strata", "2"),
             (lambda min_values: FS(0.5, min_values), "min_values", 0),
             (lambda groups: FS(0.5, groups=groups), "groups", 0),
+            (Lattice, "num_positions", 0),
+            (Lattice, "num_positions", 8.0),
+            (Lattice, "min_values", -1),
+            (Lattice, "min_values", True),
         ]
     },
     **{
@@ -247,3 +259,7 @@ def test_a_key_that_is_not_needed_is_fine():
 
 def test_one_row_of_many_pixels_is_enough():
     sbn.batch_norm(jnp.ones(MAPS), sampler=NS(1))
+
+
+def test_one_row_of_two_pixels_is_enough_for_a_lattice():
+    sbn.batch_norm(jnp.ones((1, 1, 2, 3)), sampler=Lattice(1, min_values=1))

@@ -102,7 +102,7 @@ def test_results_and_gradients_are_those_of_one_device(case):
     assert_trees_close(sharded, run(x, KERNEL, KEY), dtype=dtype, num=x.size)
 
 
-@pytest.mark.parametrize("name", ["FS", "VDN", "BS"])
+@pytest.mark.parametrize("name", ["FS", "VDN", "BS", "lattice"])
 def test_arrays_tell_their_mesh_outside_jit(name):
     x = cases.inputs(SHAPE)
     y, _ = norm(on_rows(x), None, KEY, SAMPLERS[name])
@@ -179,6 +179,7 @@ def test_rows_are_added_and_dropped_where_they_lie(rows):
         sbn.FeatureSampling(1 / 4),
         sbn.FeatureSampling(1 / 4, groups=None),
         sbn.VirtualSampling(8, strata=4),
+        sbn.LatticeSampling(2, min_values=1),
     ],
     ids=str,
 )

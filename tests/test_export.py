@@ -13,7 +13,7 @@ from flax import nnx
 
 import flax_sbn as sbn
 from tests import cases
-from tests.closeness import assert_close
+from tests.closeness import assert_close, assert_trees_close
 
 KEY = jax.random.key(3)
 X = cases.inputs((8, 6, 5, 3))
@@ -154,6 +154,32 @@ def test_the_program_takes_any_number_of_rows():
     x = jax.ShapeDtypeStruct((rows, *ROW.shape[1:]), "float32")
     call = jax.export.export(jax.jit(lambda x: model.apply(exported, x)))(x).call
     assert_close(call(X), model.apply(variables, X), num=54)
+
+
+@pytest.mark.parametrize("images", [8, 24])
+def test_a_training_step_on_a_lattice_takes_any_number_of_rows(images):
+    # With no less than `min_values` it measures where it does with a known number.
+    sampler = sbn.LatticeSampling(4, min_values=32)
+    kernel = cases.inputs((3, 3, 3, 4), seed=1)
+
+    @jax.jit
+    def step(kernel, x):
+        def loss(kernel):
+            y, statistics = sbn.conv_norm(
+                x, kernel, sampler=sampler, activation=nn.relu
+            )
+            square = kernel[0, 0].T @ kernel[1, 1]
+            y, more = sbn.dense_norm(y, square, sampler=sampler)
+            y, last = sbn.batch_norm(jnp.sin(y), sampler=sampler)
+            return (y**3).mean(), (statistics, more, last)
+
+        return jax.value_and_grad(loss, has_aux=True)(kernel)
+
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 9, 8, 3), "float32")
+    call = jax.export.export(step)(kernel, x).call
+    x = cases.inputs((images, 9, 8, 3), seed=2)
+    assert_trees_close(call(kernel, x), step(kernel, x), num=x.size)
 
 
 @pytest.mark.parametrize("kind", ["conv", "dense"])

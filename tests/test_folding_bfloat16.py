@@ -46,6 +46,13 @@ LAYERS = {
         (16, 15, 15, 32),
         (1, 1, 32, 16),
     ),
+    "3x3-lattice": (
+        sbn.LatticeSampling(8, min_values=256),
+        *CONV,
+        {},
+        (16, 16, 16, 16),
+        (3, 3, 16, 16),
+    ),
     "dense-BS": (sbn.BatchSampling(64), *DENSE, {}, (512, 64), (64, 16)),
 }
 
@@ -192,7 +199,7 @@ def test_a_small_kernel_is_rounded_to_numbers_that_float16_has_below_the_normal(
     np.testing.assert_array_equal(gradient, np.ones(kernel.shape))
 
 
-@pytest.mark.parametrize("name", ["BS", "FS"])
+@pytest.mark.parametrize("name", ["BS", "FS", "lattice"])
 def test_large_values_in_float16_fold(name):
     x = 2e4 * cases.inputs((16, 8, 8, 4))
     x, kernel = jnp.clip(x, -6e4, 6e4).astype(jnp.float16), jnp.eye(4)[None, None]
@@ -217,7 +224,7 @@ def test_the_shift_is_added_alike_on_every_platform(add):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["BS", "FS"])
+@pytest.mark.parametrize("name", ["BS", "FS", "lattice"])
 def test_half_precision_is_the_dtype_of_the_output_alone(name, dtype):
     x, kernel = cases.inputs((16, 8, 8, 4), dtype), cases.inputs((3, 3, 4, 4), seed=1)
     options = {"sampler": cases.SAMPLERS[name], "key": KEY, "dtype": dtype}

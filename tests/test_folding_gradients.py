@@ -24,6 +24,8 @@ LAYERS = {
     "FS": (CONVOLUTION, (8, 9, 2), (2, 2, 2)),
     "FS+VDN": (DILATED, (8, 4, 2), (2, 1, 2)),
     "BS+VDN": (sbn.dense_norm, (8, 3), (3, 2)),
+    "lattice": (DILATED, (8, 4, 2), (2, 1, 2)),
+    "lattice+VDN": (CONVOLUTION, (8, 13, 2), (2, 2, 2)),
 }
 
 

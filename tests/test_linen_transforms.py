@@ -66,7 +66,7 @@ def test_scan_over_steps_carries_the_statistics():
     assert (updated["batch_stats"]["norm"]["mean"] != 0).all()
 
 
-@pytest.mark.parametrize("name", ["BS", "FS"])
+@pytest.mark.parametrize("name", ["BS", "FS", "lattice"])
 def test_remat_draws_the_same_place_again(name):
     def gradient(cls):
         layer = cls(

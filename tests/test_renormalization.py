@@ -170,7 +170,7 @@ def test_constant_features_stay_finite(dtype, fill):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", ["BS", "FS", "FS+VDN", "VDN"])
+@pytest.mark.parametrize("name", ["BS", "FS", "FS+VDN", "VDN", "lattice"])
 def test_folding_changes_nothing(name, dtype, x64):
     x = cases.inputs((8, 6, 6, 3), dtype)
     kernel = cases.inputs((3, 3, 3, 2), dtype, seed=1)

@@ -126,7 +126,7 @@ def test_batch_sampling_takes_one_run_at_the_same_offset_of_each_stratum(strata)
         assert offset.max() < 16 // strata
 
 
-@pytest.mark.parametrize("name", ["FS+VDN", "BS+VDN"])
+@pytest.mark.parametrize("name", ["FS+VDN", "BS+VDN", "lattice+VDN"])
 def test_mixed_sampling_shows_the_real_rows_alone_to_the_real_sampler(name):
     sampler, extent = cases.SAMPLERS[name], cases.SHAPES[4][:-1]
     virtual, real = draw(sampler, extent, 100)
@@ -194,6 +194,9 @@ def test_samples_of_real_layers_are_small(name):
     sampler = FS(1 / 32) if len(extent) > 1 else sbn.BatchSampling(4)
     measured = sbn.num_measured(sampler, extent)
     assert 1 / 32 <= measured / math.prod(extent) < 1 / 12
+    if len(extent) > 1:
+        measured = sbn.num_measured(sbn.LatticeSampling(), extent)
+        assert 7 <= measured / extent[0] <= 28
 
 
 @pytest.mark.parametrize("name", cases.SAMPLERS)

@@ -252,11 +252,12 @@ def test_layers_train_and_evaluate(api, name):
     assert_close(evaluate(x), wanted, num=x.size)
 
 
-def test_folding_changes_neither_value_nor_gradient(x64):
+@pytest.mark.parametrize("name", ["FS", "lattice"])
+def test_folding_changes_neither_value_nor_gradient(name, x64):
     x = cases.inputs((8, 5, 5, 3), "float64")
     kernel = cases.inputs((3, 3, 3, 2), "float64", seed=1)
     scale, bias = cases.inputs((2, 2), "float64", seed=2)
-    options = {"sampler": cases.SAMPLERS["FS"], "key": KEY}
+    options = {"sampler": cases.SAMPLERS[name], "key": KEY}
     measure = functools.partial(l1_moments, epsilon=1e-5)
 
     def folded(x, kernel, scale, bias):
