@@ -37,7 +37,14 @@ from step import VARIANTS, State, training_step
 
 REFERENCE = "flax BN"
 TORCH = "PyTorch BN"
-_DEFAULT = (REFERENCE, "FS 1/64", "FS 1/64 folded", "BS 8 folded", "no norm")
+_DEFAULT = (
+    REFERENCE,
+    "Lattice",
+    "Lattice folded",
+    "FS 1/64 folded",
+    "BS 8 folded",
+    "no norm",
+)
 _MIN_SECONDS = 0.3  # of one measurement: the device is never left waiting for Python
 _OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory")
 

@@ -6,9 +6,9 @@ mixed, ``lattice+vdn:4``. Amounts are images, for FS the share of each feature m
 for the lattice positions of it; without them the default or the paper's are used. Any
 other sampler is written as in Python: ``FeatureSampling(1/16, groups=1)``. After each
 of them ``~3/4`` is the weight of the running statistics: ``lattice~3/4``. A method that
-can measure a sample is told so with ``@``: ``brn@lattice``. ``ghost:4`` is batch norm of
-four groups of images, ``ba:2`` of a batch in which each image is there twice, augmented
-differently.
+can measure a sample is told so with ``@``: ``brn@lattice``. ``ghost:4`` is batch norm
+of four groups of images, ``ba:2`` of a batch in which each image is there twice,
+augmented differently.
 """
 
 import ast

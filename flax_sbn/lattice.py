@@ -36,14 +36,16 @@ class LatticeSampling:
       k_i &= (a i + \lfloor P / 2 \rfloor) \bmod P
       \end{aligned}
 
-    for ``i`` from 0 to ``P - 1``, with the smallest step ``s`` for which :math:`P = \lceil L / s \rceil` is at most
-    ``4 * num_positions``, and ``a`` prime to ``P`` such that the positions are far from
-    each other. So a map of up to 32 lines is measured once on each line and once on
-    each column, its borders as often as they occur: what lines and columns have of
-    their own cancels. Other numbers of spatial axes are treated likewise, and a map of
-    few lines is measured several times on each. Where that is everywhere, and where
-    there are no spatial axes, as behind a dense layer, the whole batch is measured:
-    ordinary batch norm, which costs little there.
+    for ``i`` from 0 to ``P - 1``, with the smallest step ``s`` for which
+    :math:`P = \lceil L / s \rceil` is at most ``4 * num_positions``, and ``a`` prime to
+    ``P`` such that the positions are far from each other. So a map of up to 32 lines is
+    measured once on each line and once on each column, its borders as often as they
+    occur: what lines and columns have of their own cancels. Other numbers of spatial
+    axes are treated likewise, and a map of few lines is measured several times on each.
+
+    Where that is everywhere, and where there are no spatial axes, as behind a dense
+    layer, the whole batch is measured. That is ordinary batch norm, and costs little
+    there: so one norm serves a whole model.
 
     Attributes:
       num_positions: about the least number of positions of a map, as far as it has so
