@@ -50,9 +50,9 @@ class LatticeSampling:
     Attributes:
       num_positions: about the least number of positions of a map, as far as it has so
         many; at most four times as many are measured, one on a line.
-      min_values: least number of values per feature in the batch, as far as there are
-        so many: small batches are measured at more positions of each image. Left aside
-        while the batch size is unknown, as in an export for any batch size.
+      min_values: about the least number of values per feature in the batch, as far as
+        there are so many: small batches are measured at more positions of each image.
+        Left aside while the batch size is unknown, as in an export for any batch size.
 
     Raises:
       ValueError: if a number is no positive int.
@@ -227,6 +227,7 @@ def _lattice(extent: tuple[int, ...], wanted: int, lines: int) -> Lattice:
     return Lattice(tuple(cells), tuple(sides), tuple(positions))
 
 
+@functools.cache
 def _multiplier(n: int) -> int:
     """Returns the ``a`` prime to ``n`` that keeps points ``(i, a i mod n)`` far apart.
 
