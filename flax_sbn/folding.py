@@ -113,18 +113,19 @@ def fold(
     1712.05877, for inference. In training, with sampled statistics, it is ours.
     """
     kernel = jnp.asarray(kernel)
-    for name, value in (
-        *statistics._asdict().items(),
-        ("scale", scale),
-        ("bias", bias),
-    ):
+    _check_features(kernel, **statistics._asdict(), scale=scale, bias=bias)
+    return fold_kernel(kernel, statistics, scale, bias, epsilon=epsilon)
+
+
+def _check_features(kernel: jax.Array, **given: ArrayLike | None) -> None:
+    """Raises a ValueError if an array has not one number for each output feature."""
+    for name, value in given.items():
         if value is not None and jnp.shape(value) != kernel.shape[-1:]:
             raise ValueError(
                 f"Expected {name} of shape {kernel.shape[-1:]}, got {name} of shape "
                 f"{jnp.shape(value)} for a kernel of shape {kernel.shape}. Is "
                 "the kernel's last axis that of the output features?"
             )
-    return fold_kernel(kernel, statistics, scale, bias, epsilon=epsilon)
 
 
 def conv_norm(
@@ -369,6 +370,8 @@ def _linear_norm(
     result_dtype = canonicalize_dtype(*given, dtype=dtype)
     correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
+    given_statistics = {} if statistics is None else statistics._asdict()
+    _check_features(kernel, **given_statistics, scale=scale, bias=bias)
     scale, bias = varying_like(x, (scale, bias))
     kernel = varying_like(x, kernel, x.dtype)  # as unfolded layers send its gradient
     narrow = round_to(kernel, x.dtype)

@@ -64,8 +64,8 @@ class LatticeSampling:
       [7, 14, 28, 28]
       >>> x = 3 + 2 * jax.random.normal(jax.random.key(0), (128, 32, 32, 16))
       >>> y, statistics = batch_norm(x, sampler=LatticeSampling())
-      >>> y.mean().round(1), y.std().round(1)
-      (Array(-0., dtype=float32), Array(1., dtype=float32))
+      >>> print(f"{abs(y.mean()):.1f} {y.std():.1f}")
+      0.0 1.0
 
     The sampler is ours, not the paper's.
     """

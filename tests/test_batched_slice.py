@@ -146,7 +146,7 @@ def test_only_a_tpu_is_warned_of_patches_and_not_of_rows(monkeypatch):
         slice_of(x, "inside")
         monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
         slice_of(x, "one-axis")
-    with pytest.warns(UserWarning, match=r"LatticeSampling\(\) is for TPUs"):
+    with pytest.warns(UserWarning, match=r"Use LatticeSampling\(\)"):
         slice_of(x, "inside")
 
 
