@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from flax_sbn.lattice import Lattice
-from flax_sbn.windows import Part, Windows
+from flax_sbn.windows import Part, Windows, padded_slice
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
@@ -64,7 +65,7 @@ class Convolution:
 
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> "tuple[jax.Array, Convolution | AtBlocks]":
+    ) -> "tuple[jax.Array, Convolution]":
         """Returns the input below a part of the output, and the convolution there.
 
         Args:
@@ -75,9 +76,8 @@ class Convolution:
         Returns:
           The input below the part, and what to apply to that.
         """
-        here: Convolution | AtBlocks = self
+        here = self
         for selection in part.windows:
-            assert isinstance(here, Convolution)  # a lattice comes last
             if isinstance(selection, Lattice):
                 x, here = here._below_lattice(x, selection)
             elif isinstance(selection, Windows):
@@ -87,25 +87,22 @@ class Convolution:
 
     def _below_lattice(
         self, x: jax.Array, lattice: Lattice
-    ) -> tuple[jax.Array, "AtBlocks"]:
+    ) -> tuple[jax.Array, "Convolution"]:
         x = self._dilated(x, range(len(self.window)))
-        sizes = self._reach([1] * len(self.window))
-        starts = [
-            [
-                at * stride - before
-                for at, stride, (before, _) in zip(
-                    position, self.strides, self.padding, strict=True
-                )
-            ]
-            for position in lattice.positions
+        sizes = tuple(self._reach([1] * len(self.window)))
+        starts = np.array(lattice.positions) * self.strides - [
+            p for p, _ in self.padding
         ]
+        extent = (x.shape[0], *sizes, x.shape[-1])
+        blocks = [padded_slice(x, (0, *map(int, start), 0), extent) for start in starts]
+        # Block by block, each of which gives one position.
         here = dataclasses.replace(
             self,
-            strides=(1,) * len(sizes),
+            strides=sizes,
             padding=((0, 0),) * len(sizes),
             input_dilation=(1,) * len(sizes),
         )
-        return lattice.windows(x, starts, sizes), AtBlocks(here)
+        return lax.concatenate(blocks, 1), here
 
     def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
@@ -142,28 +139,6 @@ class Convolution:
             return x
         inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
         return lax.pad(x, jnp.zeros((), x.dtype), inner)
-
-
-@dataclasses.dataclass(frozen=True)
-class AtBlocks:
-    """A convolution applied to blocks of its window's extent, ``(N, P, *window, I)``.
-
-    Each gives one position of the output, ``(N, P, *1, C)``. That is a matrix product,
-    unless the convolution has holes or groups, or is the user's own.
-    """
-
-    convolution: Convolution
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Returns ``(N, P, *1, C)``, in the rank of the convolution's output."""
-        conv = self.convolution
-        plain = conv.function is lax.conv_general_dilated and conv.groups == 1
-        if plain and set(conv.kernel_dilation) == {1}:
-            contracted = (range(2, x.ndim), range(kernel.ndim - 1))
-            y = lax.dot_general(x, kernel, (contracted, ((), ())), conv.precision)
-        else:
-            y = conv(x.reshape(-1, *x.shape[2:]), kernel)
-        return y.reshape(*x.shape[:2], *[1] * (x.ndim - 4), y.shape[-1])
 
 
 def make_convolution(

@@ -418,7 +418,7 @@ def _linear_norm(
             dtype=result_dtype,
             **pooling,
         )
-    elif fixed_fold_applies(x, fixed):
+    elif fixed and fixed_fold_applies(x):
 
         def target(
             values: Sequence[jax.Array], mask: Any, running: Any

@@ -124,43 +124,6 @@ class Lattice:
         [values] = linear(Form(lambda x: [take(x)], lambda v: [put(v)]), [], [x])
         return values
 
-    def add(self, x: jax.Array, values: jax.Array) -> jax.Array:
-        """Returns ``x`` with values added at the positions; features are last.
-
-        One elementwise operation, which compilers fuse with what is before and after.
-        The sum is in float32 or wider.
-        """
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        there = self._put(values.astype(wide), range(x.ndim - 1), x.shape)
-        return (x.astype(wide) + there).astype(x.dtype)
-
-    def windows(
-        self, x: jax.Array, starts: Sequence[Sequence[int]], sizes: Sequence[int]
-    ) -> jax.Array:
-        """Returns a block for each position, zero where it sticks out of the array.
-
-        Args:
-          x: ``(N, *spatial, I)``.
-          starts: where the block of each position starts.
-          sizes: extent of the blocks.
-
-        Returns:
-          ``(N, P, *sizes, I)``.
-        """
-        blocks = []
-        for start in starts:
-            first, last, border = [0], [x.shape[0]], [(0, 0, 0)]
-            for a, size, n in zip(start, sizes, x.shape[1:-1], strict=True):
-                first.append(min(max(a, 0), n))
-                last.append(min(max(a + size, 0), n))
-                before = min(max(-a, 0), size)
-                after = size - before - (last[-1] - first[-1])
-                border.append((before, after, 0))
-            block = lax.slice(x, (*first, 0), (*last, x.shape[-1]))
-            block = lax.pad(block, jnp.zeros((), x.dtype), [*border, (0, 0, 0)])
-            blocks.append(jnp.expand_dims(block, 1))
-        return lax.concatenate(blocks, 1)
-
     def _take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
         blocks = []
         for position in self.positions:

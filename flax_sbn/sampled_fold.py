@@ -33,7 +33,6 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
 from flax_sbn.half_precision import add_shift, offset, round_to
-from flax_sbn.lattice import Lattice
 from flax_sbn.sharding import is_explicit
 from flax_sbn.statistics import Statistics, wide
 from flax_sbn.transposes import Form, linear
@@ -150,28 +149,13 @@ class Layer:
         return add_shift(y, shift) if self.half else y + shift
 
 
-def fixed_fold_applies(x: jax.Array, parts: Sequence[Part]) -> bool:
-    """Whether :func:`fixed_fold` can take an input, and parts of its output.
+def fixed_fold_applies(x: jax.Array) -> bool:
+    """Whether :func:`fixed_fold` can take an input.
 
-    Positions have to be fixed, features real, so that their moments are linear in a
-    scaled tangent, and the mesh, if there is one, left to XLA.
+    Features have to be real, so that their moments are linear in a scaled tangent, and
+    the mesh, if there is one, left to XLA.
     """
-    return (
-        len(_lattices(parts)) == len(parts) > 0
-        and all(len(part.windows) == 1 for part in parts)
-        and jnp.isrealobj(x)
-        and not is_explicit(x)
-    )
-
-
-def _lattices(parts: Sequence[Part]) -> list[Lattice]:
-    """Returns the positions of each part that is a lattice."""
-    return [
-        selection
-        for part in parts
-        for selection in part.windows
-        if isinstance(selection, Lattice)
-    ]
+    return jnp.isrealobj(x) and not is_explicit(x)
 
 
 def fixed_fold(
@@ -313,8 +297,10 @@ def _with_sample(
     before them, but the gradient that comes out of them does: there the sample's goes
     through a convolution of its own, and is added to that.
     """
-    lattices = _lattices(parts)
     like = jax.typeof(x)
+
+    def take(y: jax.Array) -> list[jax.Array]:
+        return [part.take(y, range(y.ndim - 1)) for part in parts]
 
     def to_input(kernel: jax.Array, gradient: jax.Array) -> jax.Array:
         back = jax.linear_transpose(lambda x: layer.linear(x, kernel), like)
@@ -323,13 +309,12 @@ def _with_sample(
 
     def taken(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
         y = layer.linear(x, kernel)
-        axes = range(y.ndim - 1)
-        return [y, *(wide(lattice.take(y, axes)) for lattice in lattices)]
+        return [y, *map(wide, take(y))]
 
     def added(kernel: jax.Array, g: jax.Array, *gq: jax.Array) -> list[jax.Array]:
-        for lattice, values in zip(lattices, gq, strict=True):
-            g = lattice.add(g, values)
-        return [to_input(kernel, g)]
+        # One elementwise operation, in float32 or wider.
+        [there] = jax.linear_transpose(take, jax.typeof(wide(g)))(list(gq))
+        return [to_input(kernel, (wide(g) + there).astype(g.dtype))]
 
     def sampled(kernel: jax.Array, x: jax.Array) -> list[jax.Array]:
         # From the wide input, so that the gradients are added before they are rounded.
