@@ -9,7 +9,7 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
 """
 
 from flax_sbn import alternatives, linen, nnx, optim
-from flax_sbn.activation import relu
+from flax_sbn.activation import fused_relu, relu
 from flax_sbn.augmentation import augment_batch, repeat_rows
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold
 from flax_sbn.lattice import LatticeSampling
@@ -31,6 +31,7 @@ from flax_sbn.statistics import (
     mix_statistics,
     update_running,
 )
+from flax_sbn.switching import SwitchedNorm, SwitchReport
 from flax_sbn.virtual import append_virtual, drop_virtual, virtual_samples
 
 __version__ = "0.1.0"
@@ -45,6 +46,8 @@ __all__ = [
     "NormOptions",
     "Sampler",
     "Statistics",
+    "SwitchReport",
+    "SwitchedNorm",
     "VirtualSampling",
     "alternatives",
     "append_virtual",
@@ -55,6 +58,7 @@ __all__ = [
     "dense_norm",
     "drop_virtual",
     "fold",
+    "fused_relu",
     "linen",
     "mix_statistics",
     "nnx",

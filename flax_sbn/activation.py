@@ -1,6 +1,8 @@
 """Activations behind a norm, and a ReLU that stays fused with what is before it."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +48,33 @@ def _relu_jvp(
     (tangent,) = tangents
     positive = lax.optimization_barrier(y) > 0
     return y, jnp.where(positive, tangent, jnp.zeros_like(tangent))
+
+
+@contextlib.contextmanager
+def fused_relu() -> Iterator[None]:
+    """Makes :func:`jax.nn.relu` stay fused, as :func:`relu` does, while it lasts.
+
+    For models that are not written with :func:`relu`: put it around the call of the
+    model inside the function that is compiled. Values and gradients are the same;
+    :func:`jax.nn.relu` is only differentiated in another way, under all of its names.
+
+    Example:
+      >>> import jax
+      >>> from flax_sbn import fused_relu
+      >>> def loss(x):
+      ...     with fused_relu():
+      ...         return jax.nn.relu(x).sum()
+      >>> jax.grad(loss)(jax.numpy.array([-1.0, 0.0, 2.0]))
+      Array([0., 0., 1.], dtype=float32)
+    """
+    plain: Any = jax.nn.relu
+    fused: Any = relu
+    before = plain.jvp
+    plain.jvp = fused.jvp
+    try:
+        yield
+    finally:
+        plain.jvp = before
 
 
 def add_and_activate(

@@ -18,6 +18,7 @@ from flax_sbn.linen.moving_average import CenteredConv, MovingAverageBatchNorm
 from flax_sbn.linen.norm_free import NormFreeBlock
 from flax_sbn.linen.range_norm import RangeBatchNorm
 from flax_sbn.linen.shade import Shade
+from flax_sbn.linen.switching import sample_norms, switch_report
 from flax_sbn.linen.weight_standardization import WSConv, WSDense
 
 __all__ = [
@@ -43,4 +44,6 @@ __all__ = [
     "WSDense",
     "apply_with_inputs",
     "fold_variables",
+    "sample_norms",
+    "switch_report",
 ]

@@ -23,6 +23,7 @@ from flax_sbn.nnx.moving_average import (
 from flax_sbn.nnx.norm_free import NormFreeBlock
 from flax_sbn.nnx.range_norm import RangeBatchNorm
 from flax_sbn.nnx.shade import Shade
+from flax_sbn.nnx.switching import plain_norms, sample_norms, switch_report
 from flax_sbn.nnx.weight_standardization import WSConv, WSDense
 
 __all__ = [
@@ -51,4 +52,7 @@ __all__ = [
     "call_with_inputs",
     "fold_model",
     "initialize_batchless",
+    "plain_norms",
+    "sample_norms",
+    "switch_report",
 ]

@@ -1,0 +1,327 @@
+"""Any linen model with sampled and folded norms, its source untouched."""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import jax
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+
+from flax_sbn import switching
+from flax_sbn.activation import fused_relu
+from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.lattice import LatticeSampling
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.sampling import Sampler, needs_key
+from flax_sbn.statistics import reduction_axes
+
+M = TypeVar("M", bound=nn.Module)
+
+_NEEDED = ("momentum", "epsilon", "use_running_average")
+_FIELDS = [
+    field.name
+    for field in dataclasses.fields(nn.BatchNorm)
+    if field.name not in ("parent", "name")
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    sampler: Sampler
+    fold: bool
+    only: switching.Only | None
+    norm_types: tuple[type, ...]
+    fuse_relu: bool
+
+
+def sample_norms(
+    model: M,
+    sampler: Sampler | None = None,
+    *,
+    fold: bool = True,
+    only: switching.Only | None = None,
+    norm_types: tuple[type, ...] = (),
+    fuse_relu: bool = True,
+) -> M:
+    """Returns a model whose batch norms measure a sample, with nothing else changed.
+
+    In training every :class:`flax.linen.BatchNorm` in it is a
+    :class:`flax_sbn.linen.BatchNorm` with the sampler. Where its input is the very
+    output of a :class:`flax.linen.Conv` or :class:`flax.linen.Dense`, and the model is
+    compiled, it is folded into that layer, as by :class:`flax_sbn.linen.ConvNorm`.
+    Value and gradients are those of the unfolded layers, to rounding. ``init`` and
+    evaluation are the model's own, to the bit. Variables, calls, class name and
+    checkpoints are the same: the given model is this one's plain form.
+
+    Samplers that draw need the rng stream ``'sampling'``, as in ``BatchNorm``.
+
+    Args:
+      model: a module that is not bound to variables.
+      sampler: which positions are measured; None for :class:`LatticeSampling`.
+      fold: whether norms are folded where they can be.
+      only: called with a norm's path and the module: whether it is switched. None for
+        every norm.
+      norm_types: classes of the model's own that are batch norms as flax's is, with its
+        fields, variables and call. Classes derived from flax's without a call of their
+        own are switched anyway.
+      fuse_relu: whether :func:`jax.nn.relu` is differentiated as
+        :func:`flax_sbn.relu` is, which stays fused, while the model runs. The
+        gradients are the same.
+
+    Returns:
+      A model of a class derived from the model's own.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler, or a norm of ``norm_types`` lacks a
+        field.
+      ValueError: if the model is bound; in ``init``, if nothing matches.
+
+    Example:
+      >>> import jax
+      >>> from flax import linen as nn
+      >>> import flax_sbn as sbn
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x, train):
+      ...         x = nn.Conv(8, (3, 3), use_bias=False)(x)
+      ...         return nn.relu(nn.BatchNorm(not train)(x))
+      >>> model = sbn.linen.sample_norms(Net())
+      >>> x = jax.random.normal(jax.random.key(0), (32, 16, 16, 3))
+      >>> variables = model.init(jax.random.key(1), x, train=True)
+      >>> y, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+      >>> y.shape
+      (32, 16, 16, 8)
+    """
+    sampler = LatticeSampling() if sampler is None else sampler
+    needs_key(sampler)  # complains
+    if model.scope is not None or isinstance(model.parent, nn.Module):
+        raise ValueError(
+            f"Expected a model of its own, got a {type(model).__name__} that is bound "
+            "to variables or part of another module. Switch the outermost module."
+        )
+    options = _Options(sampler, fold, only, tuple(norm_types), fuse_relu)
+    return _switched(type(model), options)(**_given(model))
+
+
+def switch_report(
+    model: nn.Module, *args: Any, rngs: Any = None, **kwargs: Any
+) -> switching.SwitchReport:
+    """Says what becomes of each norm of a switched model, and why. Nothing is computed.
+
+    Args:
+      model: what :func:`sample_norms` returned.
+      *args: what the model is called with in training; shapes suffice.
+      rngs: see :meth:`flax.linen.Module.apply`; None for any key.
+      **kwargs: further arguments of the call.
+
+    Returns:
+      A report, which prints as a table.
+
+    Raises:
+      ValueError: if the model has no norm to switch, or is not called in training.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> import flax_sbn as sbn
+      >>> net = nn.Sequential([nn.Conv(8, (3, 3)), nn.BatchNorm(False)])
+      >>> model = sbn.linen.sample_norms(net)
+      >>> [norm] = sbn.linen.switch_report(model, jnp.ones((32, 16, 16, 3))).norms
+      >>> norm.treatment, norm.layer
+      ('folded', 'layers_0')
+    """
+    rngs = jax.random.key(0) if rngs is None else rngs
+
+    def run(*args: Any) -> None:
+        variables = model.init(rngs, *args, **kwargs)
+        with switching.reporting() as norms:
+            model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
+        found.extend(norms)
+
+    found: list[switching.SwitchedNorm] = []
+    jax.eval_shape(run, *args)
+    if not found:
+        raise switching.complain_of_no_norm(model, "flax.linen.BatchNorm")
+    relus = [
+        f"{type(model).__name__}.{field.name}"
+        for field in dataclasses.fields(model)
+        if getattr(model, field.name, None) is jax.nn.relu
+    ]
+    return switching.SwitchReport(tuple(found), tuple(relus))
+
+
+def _given(model: nn.Module) -> dict[str, Any]:
+    """Returns the fields that a model was made with."""
+    return {
+        field.name: getattr(model, field.name)
+        for field in dataclasses.fields(model)
+        if field.init and field.name != "parent"
+    }
+
+
+def _rebuild(cls: type[M], fields: dict[str, Any], options: _Options) -> M:
+    return _switched(cls, options)(**fields)
+
+
+# What jax.jit has traced for the plain model does not serve the switched one.
+_context = jax.make_user_context()
+
+
+@contextlib.contextmanager
+def _switched_calls(options: _Options) -> "Iterator[_Interceptor]":
+    """Intercepts calls of methods, if that is not already done."""
+    active = _active.get()
+    if active is not None and active.options == options:
+        yield active
+        return
+    interceptor = _Interceptor(options)
+    relu = fused_relu() if options.fuse_relu else contextlib.nullcontext()
+    token = _active.set(interceptor)
+    try:
+        with nn.intercept_methods(interceptor), _context(options), relu:
+            yield interceptor
+    finally:
+        _active.reset(token)
+
+
+@functools.cache
+def _switched(cls: type[Any], options: _Options) -> type[Any]:
+    """Returns a class whose calls are intercepted; the same for the same arguments."""
+
+    # The one place that all calls of methods come through, by whatever name.
+    @nn.nowrap
+    def _call_wrapped_method(self: Any, fun: Any, args: Any, kwargs: Any) -> Any:
+        with _switched_calls(options) as interceptor:
+            result = super(derived, self)._call_wrapped_method(fun, args, kwargs)
+        named = getattr(fun, "__name__", "")
+        if named == "__call__" and self.is_initializing() and not interceptor.norms:
+            raise switching.complain_of_no_norm(self, "flax.linen.BatchNorm")
+        return result
+
+    @nn.nowrap
+    def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _switched_calls(
+            options
+        ):  # `method` may be a function that calls submodules
+            return super(derived, self).apply(*args, **kwargs)
+
+    def reduce(self: Any) -> Any:
+        return _rebuild, (cls, _given(self), options)
+
+    members = {
+        "_call_wrapped_method": _call_wrapped_method,
+        "apply": apply,
+        "__reduce__": reduce,
+        "__doc__": cls.__doc__,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+    }
+    derived: Any = type(cls.__name__, (cls,), members)
+    return derived
+
+
+class _Interceptor:
+    """Notes what linear layers make, and does the batch norms' work."""
+
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+        self.norms = 0
+
+    def __call__(
+        self,
+        call: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        if context.method_name == "__call__":
+            if _is_linear(module):
+                return _remembered(module, call, *args, **kwargs)
+            if self._switches(module):
+                self.norms += 1
+                return self._norm(module, call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+    def _switches(self, module: nn.Module) -> bool:
+        own = type(module)
+        if not (
+            issubclass(own, self.options.norm_types)
+            or own.__call__ is nn.BatchNorm.__call__
+        ):
+            return False
+        return self.options.only is None or self.options.only(module.path, module)
+
+    def _norm(
+        self,
+        module: Any,
+        call: Callable[..., Any],
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Measures a sample, and folds if it can."""
+        if missing := [name for name in _NEEDED if not hasattr(module, name)]:
+            raise TypeError(
+                f"Expected a class with flax.linen.BatchNorm's fields, got "
+                f"{type(module).__name__} without {', '.join(missing)}. Leave it out "
+                "of `norm_types`."
+            )
+
+        def plain() -> Any:
+            return call(x, use_running_average, **kwargs)
+
+        if module.is_initializing():
+            return plain()
+        path, options = module.path, self.options
+        if nn.merge_param(
+            "use_running_average", module.use_running_average, use_running_average
+        ):
+            switching.note(path, "plain", reason="evaluated")
+            return plain()
+        fields = {
+            name: getattr(module, name) for name in _FIELDS if hasattr(module, name)
+        }
+        sampler = options.sampler
+        ours = BatchNorm(**fields, sampler=sampler, parent=module.scope)
+        axes = reduction_axes(x.ndim, ours.axis)
+        if switching.unfit(sampler, x, ours.axis):
+            switching.note(path, "plain", reason="no spatial axes to sample from")
+            return plain()
+        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        product = switching.product_of(x)
+        why_not = switching.obstacle(product, x, ours.axis, sampler, options.fold)
+        norm: switching.Norm
+        if why_not or product is None:
+            switching.note(path, "sampled", reason=why_not)
+            norm = functools.partial(ghost_batch_norm, x, num_groups=1, axis=ours.axis)
+        else:
+            switching.note(path, "folded", layer=product.path)
+            norm = product.norm()
+        return ours.measured(norm, features, kwargs.get("mask"))
+
+
+_active: contextvars.ContextVar[_Interceptor | None] = contextvars.ContextVar(
+    "active", default=None
+)
+
+
+def _is_linear(module: Any) -> bool:
+    own = type(module)
+    return (
+        (isinstance(module, nn.Conv) and own.__call__ is nn.Conv.__call__)
+        or (isinstance(module, nn.Dense) and own.__call__ is nn.Dense.__call__)
+    ) and module.promote_dtype is promote_dtype
+
+
+def _remembered(module: Any, call: Callable[..., Any], inputs: jax.Array) -> Any:
+    y = call(inputs)
+    if not module.is_initializing():
+        read = functools.partial(module.get_variable, "params")
+        kernel, bias = nn.meta.unbox((read("kernel"), read("bias")))
+        switching.remember(module.path, module, inputs, kernel, bias, y)
+    return y

@@ -1,0 +1,238 @@
+"""Any nnx model with sampled and folded norms, in place, its source untouched."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+
+from flax_sbn import switching
+from flax_sbn.lattice import LatticeSampling
+from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.sampling import Sampler, needs_key
+
+M = TypeVar("M", bound=nnx.Module)
+
+# Attributes that a switched norm has, and flax's has not.
+_OURS = ("sampler", "running_weight", "ghost_groups", "rngs", "fold", "path")
+
+
+def sample_norms(
+    model: M,
+    sampler: Sampler | None = None,
+    *,
+    rngs: nnx.Rngs | None = None,
+    fold: bool = True,
+    only: switching.Only | None = None,
+) -> M:
+    """Makes the batch norms of a model measure a sample, in place.
+
+    In training every :class:`flax.nnx.BatchNorm` in it is a
+    :class:`flax_sbn.nnx.BatchNorm` with the sampler. Where its input is the very output
+    of a :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`, and the call is compiled,
+    it is folded into that layer, as by :class:`flax_sbn.nnx.ConvNorm`. Value and
+    gradients are those of the unfolded layers, to rounding. Evaluation is the model's
+    own, to the bit.
+
+    Objects stay the objects that they are and only change class. Paths, parameters,
+    statistics, shared layers, checkpoints and an optimizer's state are untouched, so
+    this may be done after loading. :func:`plain_norms` is the way back.
+
+    Put :func:`flax_sbn.fused_relu` around the call of a model that uses
+    :func:`flax.nnx.relu`, inside the function that is compiled.
+
+    Args:
+      model: the model.
+      sampler: which positions are measured; None for :class:`LatticeSampling`.
+      rngs: for samplers that draw, the stream ``'sampling'`` or a default stream.
+      fold: whether norms are folded where they can be.
+      only: called with a norm's path and the module: whether it is switched. None for
+        every norm. Classes with a call of their own are left alone.
+
+    Returns:
+      The same model.
+
+    Raises:
+      TypeError: if ``sampler`` is not a sampler.
+      ValueError: if nothing matches, or keys are needed and missing.
+
+    Example:
+      >>> import jax
+      >>> from flax import nnx
+      >>> import flax_sbn as sbn
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(
+      ...     nnx.Conv(3, 8, (3, 3), rngs=rngs), nnx.BatchNorm(8, rngs=rngs), nnx.relu
+      ... )
+      >>> x = jax.random.normal(jax.random.key(0), (32, 16, 16, 3))
+      >>> sbn.nnx.sample_norms(model) is model
+      True
+      >>> [norm] = sbn.nnx.switch_report(model, x).norms
+      >>> norm.treatment, norm.layer
+      ('folded', 'layers/0')
+    """
+    sampler = LatticeSampling() if sampler is None else sampler
+    if needs_key(sampler) and rngs is None:
+        raise ValueError(
+            f"Expected rngs for {sampler}, got {rngs=}. Pass rngs=nnx.Rngs(0)."
+        )
+    norms = [
+        (path, norm)
+        for path, norm in _modules(model)
+        if type(norm).__call__ in (nnx.BatchNorm.__call__, _Norm.__call__)
+        and (only is None or only(path, norm))
+    ]
+    if not norms:
+        raise switching.complain_of_no_norm(model, "flax.nnx.BatchNorm")
+    for path, norm in norms:
+        _change_class(norm, _Norm)
+        norm.sampler, norm.running_weight, norm.ghost_groups = sampler, 0.0, 1
+        norm.fold, norm.path = fold, path
+        norm.rngs = nnx.data(None)
+        if rngs is not None and needs_key(sampler):
+            norm.rngs = rngs["sampling"].fork()
+    for path, layer in _modules(model):
+        own = type(layer).__call__
+        linear = own in (nnx.Conv.__call__, nnx.Linear.__call__)
+        if linear and layer.promote_dtype is promote_dtype:
+            _change_class(layer, _Linear)
+            layer.path = path
+    return model
+
+
+def plain_norms(model: M) -> M:
+    """Takes back what :func:`sample_norms` did, in place, and returns the model."""
+    for _, layer in _modules(model):
+        if isinstance(layer, _Norm | _Linear):
+            _set_class(layer, type(layer).plain)
+            for name in _OURS:
+                if hasattr(layer, name):
+                    delattr(layer, name)
+    return model
+
+
+def switch_report(
+    model: nnx.Module, *args: Any, **kwargs: Any
+) -> switching.SwitchReport:
+    """Says what becomes of each norm of a switched model, and why. Nothing is computed.
+
+    Args:
+      model: what :func:`sample_norms` was given. It stays as it is.
+      *args: what the model is called with in training; shapes suffice.
+      **kwargs: further arguments of the call.
+
+    Returns:
+      A report, which prints as a table.
+
+    Raises:
+      ValueError: if the model was not switched, or is not called in training.
+    """
+    graph, state = nnx.split(model)
+
+    def run(state: Any, *args: Any) -> None:
+        with switching.reporting() as norms:
+            nnx.merge(graph, state)(*args, **kwargs)
+        found.extend(norms)
+
+    found: list[switching.SwitchedNorm] = []
+    jax.eval_shape(run, state, *args)
+    if not found:
+        raise switching.complain_of_no_norm(model, "flax.nnx.BatchNorm")
+    relus = [
+        switching.written((*path, name))
+        for path, module in _modules(model)
+        for name, value in vars(module).items()
+        if value is jax.nn.relu
+    ]
+    return switching.SwitchReport(tuple(found), tuple(relus))
+
+
+def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
+    """Yields paths and modules, each module once."""
+    seen = set()
+    for path, module in nnx.iter_modules(model):
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield tuple(map(str, path)), module
+
+
+def _change_class(layer: nnx.Module, mixed_in: type) -> None:
+    if not isinstance(layer, mixed_in):
+        _set_class(layer, _switched(type(layer), mixed_in))
+
+
+def _set_class(layer: nnx.Module, cls: type) -> None:
+    object.__setattr__(layer, "__class__", cls)  # nnx would note an attribute
+
+
+@functools.cache
+def _switched(plain: type, mixed_in: type) -> type:
+    """Returns the class of a layer with another call; the same for the same class."""
+    members = {
+        "plain": plain,
+        "__reduce_ex__": _reduce,
+        "__doc__": plain.__doc__,
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+    }
+    return type(plain.__name__, (mixed_in, plain), members)
+
+
+def _reduce(layer: Any, protocol: Any) -> Any:
+    """Pickles an object of a class that no module has a name for."""
+    mixed_in = _Norm if isinstance(layer, _Norm) else _Linear
+    return _new, (type(layer).plain, mixed_in), vars(layer)
+
+
+def _new(plain: type, mixed_in: type) -> Any:
+    return object.__new__(_switched(plain, mixed_in))
+
+
+class _Linear(nnx.Module):
+    """Mixed into a convolution or dense layer: remembers how it made its output."""
+
+    plain: type
+    path: switching.Path
+
+    def __call__(self: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        y = super().__call__(inputs, *args, **kwargs)
+        if not args and not kwargs:
+            bias = None if self.bias is None else self.bias[...]
+            switching.remember(self.path, self, inputs, self.kernel[...], bias, y)
+        return y
+
+
+class _Norm(BatchNorm):
+    """Mixed into a batch norm: folds into the layer before it, if there is one."""
+
+    plain: type
+    path: switching.Path
+    fold: bool
+    sampler: Sampler
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = self.use_running_average
+        if evaluate or evaluate is None:
+            switching.note(self.path, "plain", reason="evaluated")
+            return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
+        if switching.unfit(self.sampler, x, self.axis):
+            switching.note(self.path, "plain", reason="no spatial axes to sample from")
+            return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
+        product = switching.product_of(x)
+        why_not = switching.obstacle(product, x, self.axis, self.sampler, self.fold)
+        if why_not or product is None:
+            switching.note(self.path, "sampled", reason=why_not)
+            return super().__call__(x, use_running_average, mask=mask)
+        switching.note(self.path, "folded", layer=product.path)
+        norm = product.norm(self.mean[...])
+        return self.measured(functools.partial(norm, *self.affine()), mask)

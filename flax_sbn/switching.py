@@ -1,0 +1,286 @@
+"""What switches a model of flax's layers: linen and nnx share all that is here.
+
+A norm recognizes the linear layer before it because its input *is* the very array that
+the layer returned. It then calls :func:`flax_sbn.conv_norm` on the layer's input. The
+plain convolution is left without a reader, and ``jax.jit`` drops it; where something
+else reads its output it stays, and nothing is wrong.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import io
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+from flax_sbn.convolution import masked_kernel
+from flax_sbn.folding import conv_norm, dense_norm
+from flax_sbn.sampling import Sampler, needs_key, sampled_parts
+from flax_sbn.statistics import Statistics
+
+Path = tuple[str, ...]
+# Whether a norm is switched, by its path and the module itself.
+Only = Callable[[Path, Any], bool]
+Norm = Callable[..., tuple[jax.Array, Statistics]]
+
+
+class SwitchedNorm(NamedTuple):
+    """What became of a norm.
+
+    Attributes:
+      norm: path of the norm.
+      treatment: ``'folded'``, ``'sampled'`` or ``'plain'``.
+      layer: path of the layer that it is folded into; empty if there is none.
+      reason: why it is not folded; empty if it is.
+    """
+
+    norm: str
+    treatment: str
+    layer: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SwitchReport:
+    """What became of a model's norms; prints as a table.
+
+    Attributes:
+      norms: one entry for each norm, in the order of their calls.
+      relus: fields of the model that hold :func:`jax.nn.relu`, where
+        :func:`flax_sbn.relu` stays fused by itself.
+    """
+
+    norms: tuple[SwitchedNorm, ...]
+    relus: tuple[str, ...] = ()
+
+    def count(self, treatment: str) -> int:
+        """Returns how many norms are ``'folded'``, ``'sampled'`` or ``'plain'``."""
+        return sum(norm.treatment == treatment for norm in self.norms)
+
+    def __str__(self) -> str:
+        table = Table("norm", "treatment", "layer, or why it is not folded")
+        for norm in self.norms:
+            table.add_row(norm.norm, norm.treatment, norm.layer or norm.reason)
+        text = io.StringIO()
+        console = Console(file=text, width=88)
+        console.print(table, end="")
+        treatments = ("folded", "sampled", "plain")
+        counts = [f"{self.count(each)} {each}" for each in treatments]
+        console.print(f"{len(self.norms)} norms: {', '.join(counts)}.")
+        if self.relus:
+            console.print(
+                f"nn.relu is a field of the model: {', '.join(self.relus)}. "
+                "flax_sbn.relu there stays fused without a context."
+            )
+        return text.getvalue().rstrip()
+
+
+_report: contextvars.ContextVar[list[SwitchedNorm] | None] = contextvars.ContextVar(
+    "report", default=None
+)
+
+
+@contextlib.contextmanager
+def reporting() -> Iterator[list[SwitchedNorm]]:
+    """Collects what becomes of the norms that are called meanwhile."""
+    norms: list[SwitchedNorm] = []
+    token = _report.set(norms)
+    try:
+        yield norms
+    finally:
+        _report.reset(token)
+
+
+def note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None:
+    """Adds to the report, if one is wanted."""
+    norms = _report.get()
+    if norms is not None:
+        norms.append(SwitchedNorm(written(norm), treatment, written(layer), reason))
+
+
+def written(path: Path) -> str:
+    """Returns a path as text."""
+    return "/".join(path)
+
+
+def complain_of_no_norm(model: Any, what: str) -> ValueError:
+    """Returns the error of a model without a norm to switch."""
+    return ValueError(
+        f"Expected a model with {what} that `only` admits, got none in "
+        f"{type(model).__name__}. Name classes of its own in `norm_types`."
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """The output of a linear layer, and what it was made of.
+
+    Attributes:
+      path: of the layer.
+      x: its input.
+      kernel: ``(..., C)``, masked.
+      bias: ``(C,)`` or None.
+      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options.
+      compute_dtype: that in which the layer computes.
+      dtype: that of its output.
+    """
+
+    path: Path
+    x: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+    fold: Norm
+    compute_dtype: Any
+    dtype: Any
+
+    def norm(self, *promoted: Any) -> Norm:
+        """Returns the layer with a norm in it, to call with the norm's options.
+
+        Args:
+          *promoted: arrays with which an unfolded norm promotes its input, scale and
+            bias aside.
+        """
+
+        def folded(
+            *affine: Any, running: Statistics, dtype: Any, **options: Any
+        ) -> tuple[jax.Array, Statistics]:
+            # Only the mean sees a bias before a norm.
+            shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
+            y, statistics = self.fold(
+                self.x,
+                self.kernel,
+                *affine,
+                running=running._replace(mean=running.mean - shift),
+                dtype=self.compute_dtype,
+                **options,
+            )
+            like = [array for array in (*affine, *promoted) if array is not None]
+            like.append(jnp.zeros((), self.dtype))
+            y = y.astype(canonicalize_dtype(*like, dtype=dtype))
+            return y, statistics._replace(mean=statistics.mean + shift)
+
+        return folded
+
+
+# By the identity of an output, as long as that lives.
+_products: dict[int, tuple[weakref.ref[jax.Array], Product]] = {}
+
+
+def remember(
+    path: Path,
+    layer: Any,
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array | None,
+    y: jax.Array,
+) -> None:
+    """Remembers how a layer made its output, if a compiler will see both."""
+    rank = len(layer.kernel_size) if hasattr(layer, "kernel_size") else y.ndim - 2
+    if not _is_traced(y) or y.ndim != rank + 2:
+        return
+    given = [x, kernel] if bias is None else [x, kernel, bias]
+    product = Product(
+        path,
+        x,
+        masked_kernel(kernel, getattr(layer, "mask", None)),
+        bias,
+        fold_like(layer),
+        canonicalize_dtype(*given, dtype=layer.dtype),
+        y.dtype,
+    )
+    key = id(y)
+    forgets = weakref.ref(y, lambda _: _products.pop(key, None))
+    _products[key] = forgets, product
+
+
+def product_of(y: jax.Array) -> Product | None:
+    """Returns how a linear layer made an array, if one did."""
+    reference, product = _products.get(id(y), (None, None))
+    return product if reference is not None and reference() is y else None
+
+
+def _is_traced(x: Any) -> bool:
+    """Whether a program is made of what is computed, in which nothing is done twice."""
+    while isinstance(x, jax.core.Tracer):
+        inner = getattr(x, "primal", getattr(x, "val", None))
+        if not isinstance(inner, jax.Array):
+            return True
+        x = inner
+    return False
+
+
+def fold_like(layer: Any) -> Norm:
+    """Returns ``conv_norm`` or ``dense_norm`` with the options of one of flax's layers.
+
+    Args:
+      layer: ``Conv``, ``Dense`` or ``Linear``, of linen or nnx.
+    """
+    kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
+    function = getattr(layer, kind) or getattr(lax, kind)
+    if (make := getattr(layer, f"{kind}_cls", None)) is not None:
+        function = make()
+    if (element := getattr(layer, "preferred_element_type", None)) is not None:
+        function = functools.partial(function, preferred_element_type=element)
+    options = {kind: function, "precision": layer.precision}
+    if kind == "dot_general":
+        return functools.partial(dense_norm, **options)
+    return functools.partial(
+        conv_norm,
+        strides=layer.strides,
+        padding=layer.padding,
+        input_dilation=layer.input_dilation,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=layer.feature_group_count,
+        **options,
+    )
+
+
+def obstacle(
+    product: Product | None, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
+) -> str:
+    """Returns why a norm cannot be folded; empty if it can be.
+
+    Args:
+      product: how its input was made.
+      x: its input.
+      axis: of its features.
+      sampler: what is measured.
+      fold: whether folding is wanted.
+    """
+    if not fold:
+        return "fold=False"
+    if not _is_traced(x):
+        return "not compiled: the layer before would run twice"
+    if product is None:
+        return "its input is no convolution's or dense layer's very output"
+    if axis not in (-1, x.ndim - 1):
+        return "its features are not last"
+    if not needs_key(sampler):
+        parts = sampled_parts(sampler, x.shape[:-1], None)
+        if any(not part.windows for part in parts):
+            return "so small that all of it is measured"
+    return ""
+
+
+def unfit(sampler: Sampler, x: jax.Array, axis: Any) -> bool:
+    """Whether the input has no spatial axes, and the sampler needs some."""
+    features = 1 if isinstance(axis, int) else len(axis)
+    if x.ndim - features != 1:
+        return False
+    try:
+        jax.eval_shape(
+            lambda key: [part.weight for part in sampler.parts((x.shape[0],), key)],
+            jax.random.key(0),
+        )
+    except ValueError:
+        return True
+    return False
