@@ -186,9 +186,7 @@ def fixed_fold(
     Returns:
       The output before residual and activation, and the measured statistics.
     """
-
-    def narrow(kernel: jax.Array) -> jax.Array:
-        return round_to(kernel, x.dtype)
+    narrow = functools.partial(round_to, dtype=x.dtype)
 
     def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         return layer.read(parts, x, narrow(kernel))

@@ -1,0 +1,519 @@
+"""Models of flax's layers, switched to sampled and folded norms without an edit."""
+
+import copy
+import functools
+import pickle
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import flax_sbn as sbn
+from flax_sbn import switching
+from tests import cases
+from tests.unfolded import quick_jit
+
+LINEAR = {
+    "bias": functools.partial(nn.Conv, 4, (3, 3)),
+    "strided": functools.partial(nn.Conv, 4, (3, 3), 2, padding=1, use_bias=False),
+    "groups": functools.partial(nn.Conv, 4, (3, 3), feature_group_count=2),
+    "dilated": functools.partial(nn.Conv, 4, (3, 3), kernel_dilation=2),
+    "circular": functools.partial(nn.Conv, 4, (2, 3), padding="CIRCULAR"),
+    "masked": functools.partial(nn.Conv, 4, (1, 1), mask=jnp.eye(4)[None, None]),
+    "dense": functools.partial(nn.Dense, 4),
+}
+SAMPLERS = {
+    "lattice": sbn.LatticeSampling(2, min_values=8),
+    "BS": sbn.BatchSampling(4),
+    "mixed": sbn.MixedSampling(sbn.LatticeSampling(2), sbn.VirtualSampling(2)),
+}
+
+
+class Block(nn.Module):
+    """A linear layer, a norm and an activation."""
+
+    linear: Any = LINEAR["bias"]
+    norm: Any = nn.BatchNorm
+    act: Any = jnp.tanh
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        return self.act(self.norm(use_running_average=not train)(self.linear()(x)))
+
+
+class Chain(nn.Module):
+    """What a norm can follow: a layer, another norm, a sum, a pool, a cast."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = functools.partial(nn.BatchNorm, not train)
+        y = norm(name="after_conv")(nn.Conv(4, (3, 3), name="conv")(x))
+        y = norm(name="after_norm")(y)
+        y = norm(name="after_sum")(nn.Conv(4, (1, 1))(y) + x)
+        y = norm(name="after_transpose")(nn.ConvTranspose(4, (3, 3))(y))
+        y = norm(name="features_first", axis=1)(nn.Conv(4, (1, 1))(y))
+        return norm(name="dense")(nn.Dense(3)(y.mean((1, 2))))
+
+
+class NNXBlock(nnx.Module):
+    """The same block for nnx."""
+
+    def __init__(self, dtype=jnp.float32, rngs=None, **options):
+        rngs = rngs or nnx.Rngs(0)
+        options = {"kernel_size": (3, 3)} | options
+        self.conv = nnx.Conv(4, 4, param_dtype=dtype, rngs=rngs, **options)
+        self.norm = nnx.BatchNorm(4, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.tanh(self.norm(self.conv(x)))
+
+
+def inputs(dtype="float32"):
+    return cases.inputs((8, 9, 9, 4), dtype)
+
+
+def trained(variables, dtype="float32"):
+    """Variables that are not their initial values."""
+    leaves, tree = jax.tree.flatten(variables)
+    moved = [
+        jnp.asarray(a, dtype) + 0.1 * abs(cases.inputs(a.shape, dtype, seed=i))
+        for i, a in enumerate(leaves)
+    ]
+    return tree.unflatten(moved)
+
+
+def assert_equal(actual, expected):
+    """To 1e-12, where the bias before a norm has no gradient but rounding errors.
+
+    Statistics of nnx are float32 whatever else is.
+    """
+    pairs = zip(*map(jax.tree.leaves, (actual, expected)), strict=True)
+    for a, e in pairs:
+        assert a.dtype == e.dtype
+        atol = {"float64": 1e-12, "float32": 1e-7}[str(a.dtype)]
+        np.testing.assert_allclose(a, e, rtol=0, atol=atol * max(1, abs(e).max()))
+
+
+def step(model, rngs=None):
+    """Value, gradients and statistics of a linen model in training."""
+
+    def loss(params, stats, x):
+        variables = {"params": params, "batch_stats": stats}
+        y, updates = model.apply(variables, x, mutable=["batch_stats"], rngs=rngs)
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), (y, updates)
+
+    return jax.value_and_grad(loss, (0, 2), has_aux=True)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("linear", LINEAR)
+def test_folded_equals_unfolded(linear, sampler, x64):
+    x = inputs("float64")
+    block, chosen = Block(LINEAR[linear]), SAMPLERS[sampler]
+    models = [
+        sbn.linen.sample_norms(block, chosen, fold=fold) for fold in (True, False)
+    ]
+    rngs = {"sampling": jax.random.key(3)}
+    [norm] = sbn.linen.switch_report(models[0], x, rngs=jax.random.key(0)).norms
+    assert norm.treatment == "folded"
+    variables = trained(block.init(jax.random.key(0), x), "float64")
+    arguments = variables["params"], variables["batch_stats"], x
+    folded, unfolded = (quick_jit(step(m, rngs))(*arguments) for m in models)
+    assert_equal(folded, unfolded)
+    plain = quick_jit(step(block))(*arguments)
+    assert abs(folded[0][0] - plain[0][0]) > 1e-3  # a sample is measured
+
+
+@pytest.mark.parametrize("options", [{}, {"feature_group_count": 2, "strides": 2}])
+def test_nnx_folded_equals_unfolded(options, x64):
+    x = inputs("float64")
+
+    @nnx.jit
+    def run(model, x):
+        def loss(model, x):
+            y = model(x)
+            return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+        return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(model, x)
+
+    results = []
+    for fold in (True, False):
+        model = NNXBlock(jnp.float64, **options)
+        assert sbn.nnx.sample_norms(model, SAMPLERS["lattice"], fold=fold) is model
+        if fold:
+            [norm] = sbn.nnx.switch_report(model, x).norms
+            assert norm == ("norm", "folded", "conv", "")
+        results.append((run(model, x), nnx.state(model)))
+    assert_equal(*results)
+
+
+def test_dtypes_are_those_of_the_unfolded_norm():
+    x = inputs()
+    for conv_dtype in (None, jnp.bfloat16):
+        for norm_dtype in (None, jnp.bfloat16, jnp.float32):
+            block = Block(
+                functools.partial(nn.Conv, 4, (3, 3), dtype=conv_dtype),
+                functools.partial(nn.BatchNorm, dtype=norm_dtype),
+            )
+            variables = block.init(jax.random.key(0), x)
+            model = sbn.linen.sample_norms(block)
+            of = [
+                jax.eval_shape(lambda v, m=m: m.apply(v, x, mutable=True), variables)
+                for m in (block, model)
+            ]
+            assert of[0] == of[1], (conv_dtype, norm_dtype)
+
+
+def test_the_report_says_what_became_of_each_norm_and_why():
+    x = inputs()
+    model = sbn.linen.sample_norms(Chain(), SAMPLERS["lattice"])
+    report = sbn.linen.switch_report(model, x)
+    became = {norm.norm: norm for norm in report.norms}
+    assert became["after_conv"].layer == "conv"
+    treatments = {name: norm.treatment for name, norm in became.items()}
+    assert treatments == {
+        "after_conv": "folded",
+        "after_norm": "sampled",
+        "after_sum": "sampled",
+        "after_transpose": "sampled",
+        "features_first": "sampled",
+        "dense": "sampled",
+    }
+    assert became["after_sum"].reason.startswith("its input is no")
+    assert became["features_first"].reason == "its features are not last"
+    assert became["dense"].reason == "so small that all of it is measured"
+    text = str(report)
+    assert all(name in text for name in became)
+    assert "6 norms: 1 folded, 5 sampled, 0 plain." in text
+    assert max(map(len, text.splitlines())) <= 88
+
+    # A norm whose input has nothing to sample from stays as it is.
+    model = sbn.linen.sample_norms(Chain(), sbn.FeatureSampling(1 / 4))
+    last = sbn.linen.switch_report(model, x).norms[-1]
+    assert last == ("dense", "plain", "", "no spatial axes to sample from")
+
+
+def test_fields_with_a_relu_are_reported():
+    model = sbn.linen.sample_norms(Block(act=nn.relu))
+    assert sbn.linen.switch_report(model, inputs()).relus == ("Block.act",)
+
+
+def test_evaluation_and_init_are_the_plain_models():
+    x = inputs()
+    plain = Chain()
+    model = sbn.linen.sample_norms(plain)
+    variables = plain.init(jax.random.key(0), x)
+    jax.tree.map(
+        np.testing.assert_array_equal, model.init(jax.random.key(0), x), variables
+    )
+    variables = trained(variables)
+    evaluate = [
+        quick_jit(lambda v, m=m: m.apply(v, x, train=False)) for m in (plain, model)
+    ]
+    np.testing.assert_array_equal(*(f(variables) for f in evaluate))
+
+    net, other = NNXBlock(), sbn.nnx.sample_norms(NNXBlock())
+    net.eval(), other.eval()
+    np.testing.assert_array_equal(net(x), other(x))
+
+
+def test_outside_jit_nothing_is_computed_twice():
+    x = inputs()
+    calls = []
+
+    def convolve(*args, **kwargs):
+        calls.append(args)
+        return jax.lax.conv_general_dilated(*args, **kwargs)
+
+    block = Block(functools.partial(nn.Conv, 4, (3, 3), conv_general_dilated=convolve))
+    variables = block.init(jax.random.key(0), x)
+    model = sbn.linen.sample_norms(block)
+    calls.clear()
+    y, _ = model.apply(variables, x, mutable=["batch_stats"])
+    jax.grad(lambda x: model.apply(variables, x, mutable=True)[0].sum())(x)
+    assert len(calls) == 2  # each time once
+    compiled = quick_jit(lambda v: model.apply(v, x, mutable=["batch_stats"]))
+    # The same to rounding, though here the norm is not folded.
+    np.testing.assert_allclose(y, compiled(variables)[0], atol=1e-5)
+
+
+def lifted(transform):
+    """A network whose blocks are transformed."""
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=True):
+            return transform(Block)()(x)
+
+    return Net()
+
+
+class Scanned(nn.Module):
+    """Blocks with stacked parameters."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        layers = nn.scan(
+            lambda block, x, _: (block(x, train), None),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return layers(Block(), x, None)[0]
+
+
+class Setup(nn.Module):
+    """Layers made in setup, called by methods of other names."""
+
+    def setup(self):
+        self.conv, self.norm = (
+            nn.Conv(4, (3, 3)),
+            nn.BatchNorm(use_running_average=False),
+        )
+
+    def encode(self, x):
+        return self.norm(self.conv(x))
+
+    def __call__(self, x):
+        return self.encode(x)
+
+
+MODELS = {
+    "remat": lifted(nn.remat),
+    "jit": lifted(nn.jit),
+    "scan": Scanned(),
+    "setup": Setup(),
+    "sequential": nn.Sequential([nn.Conv(4, (3, 3)), nn.BatchNorm(False)]),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_style_are_folded(name):
+    x = inputs()
+    model = sbn.linen.sample_norms(MODELS[name])
+    with jax.checking_leaks():
+        norms = sbn.linen.switch_report(model, x).norms
+    assert norms
+    assert {norm.treatment for norm in norms} == {"folded"}
+
+
+def test_a_block_under_jit_that_was_traced_before_is_traced_anew():
+    @jax.jit
+    def run(variables, x):
+        return MODELS["jit"].apply(variables, x, mutable=["batch_stats"])
+
+    x = inputs()
+    variables = MODELS["jit"].init(jax.random.key(0), x)
+    plain = run(variables, x)[0]
+    model = sbn.linen.sample_norms(MODELS["jit"])
+    sampled = jax.jit(lambda v: model.apply(v, x, mutable=["batch_stats"]))(variables)
+    assert abs(plain - sampled[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "method", ["encode", Setup.encode, lambda net, x: net.norm(net.conv(x))]
+)
+def test_methods_of_any_name_are_switched(method):
+    x = inputs()
+    model = sbn.linen.sample_norms(Setup())
+    variables = model.init(jax.random.key(0), x)
+    run = functools.partial(model.apply, variables, mutable=["batch_stats"])
+    expected = quick_jit(lambda x: run(x))(x)[0]
+    actual = quick_jit(lambda x: run(x, method=method))(x)[0]
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_devices_pool_their_samples():
+    block = Block(norm=functools.partial(nn.BatchNorm, axis_name="devices"))
+    models = [sbn.linen.sample_norms(block, fold=fold) for fold in (True, False)]
+    x = inputs().reshape(2, 4, 9, 9, 4)
+    variables = block.init(jax.random.key(0), x[0])
+    results = [
+        quick_jit(
+            jax.vmap(
+                lambda x, m=m: m.apply(variables, x, mutable=["batch_stats"]),
+                axis_name="devices",
+            )
+        )(x)
+        for m in models
+    ]
+    for actual, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-5)
+
+
+def test_a_call_is_captured_and_tabulated_once():
+    x = inputs()
+    model = sbn.linen.sample_norms(Block())
+    variables = model.init(jax.random.key(0), x)
+
+    seen = jax.eval_shape(
+        lambda v: model.apply(
+            v, x, capture_intermediates=True, mutable=["intermediates", "batch_stats"]
+        )[1]["intermediates"],
+        variables,
+    )
+    calls = [
+        seen["__call__"],
+        seen["Conv_0"]["__call__"],
+        seen["BatchNorm_0"]["__call__"],
+    ]
+    assert [*map(len, calls)] == [1, 1, 1]
+    tables = [nn.tabulate(m, jax.random.key(0))(x) for m in (Block(), model)]
+    assert tables[0] == tables[1]
+
+
+def test_a_switched_model_equals_itself_and_is_pickled():
+    model = sbn.linen.sample_norms(Chain())
+    assert model == sbn.linen.sample_norms(Chain())
+    assert hash(model) == hash(sbn.linen.sample_norms(Chain()))
+    assert model != Chain()
+    assert type(model).__name__ == "Chain"
+    assert pickle.loads(pickle.dumps(model)) == model
+    assert copy.deepcopy(model) == model
+    assert model.clone(name="other").name == "other"
+
+
+def test_nnx_models_are_copied_pickled_and_made_plain_again():
+    x = inputs()
+    model = NNXBlock()
+    graph = nnx.graphdef(model)
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    sbn.nnx.sample_norms(model)
+    for other in (
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        nnx.clone(model),
+    ):
+        assert sbn.nnx.switch_report(other, x).count("folded") == 1
+
+    @nnx.jit
+    def train(model, optimizer, x):
+        optimizer.update(model, nnx.grad(lambda m: (m(x) ** 2).sum())(model))
+
+    before = model.conv.kernel[...]
+    train(model, optimizer, x)
+    assert abs(model.conv.kernel[...] - before).max() > 0
+    assert sbn.nnx.plain_norms(model) is model
+    assert type(model.norm) is nnx.BatchNorm
+    assert nnx.graphdef(model) == graph
+
+
+def test_nnx_layers_stacked_for_a_scan_are_folded():
+    x = inputs()
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make(rngs):
+        return NNXBlock(rngs=rngs)
+
+    model = sbn.nnx.sample_norms(make(nnx.Rngs(0)))
+
+    @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    def run(block, x):
+        return block(x)
+
+    with switching.reporting() as norms:
+        y = nnx.jit(lambda model, x: run(model, x))(model, x)
+    assert y.shape == x.shape
+    assert {norm.treatment for norm in norms} == {"folded"}
+    assert model.norm.mean.shape == (2, 4)
+
+
+def test_only_some_norms_are_switched():
+    x = inputs()
+    model = sbn.linen.sample_norms(Chain(), only=lambda path, _: path[-1] != "dense")
+    names = [norm.norm for norm in sbn.linen.switch_report(model, x).norms]
+    assert "after_conv" in names
+    assert "dense" not in names
+    net = NNXBlock()
+    sbn.nnx.sample_norms(net, only=lambda path, norm: norm.num_features == 4)
+    with pytest.raises(ValueError, match=r"Expected a model with flax\.nnx\.BatchNorm"):
+        sbn.nnx.sample_norms(NNXBlock(), only=lambda path, _: False)
+
+
+class Inherits(nn.BatchNorm):
+    """A class derived from flax's, without a call of its own."""
+
+    momentum: float = 0.9
+
+
+class Copy(nn.Module):
+    """A copy that a model brings along, with fewer fields."""
+
+    use_running_average: bool | None = None
+    momentum: float = 0.9
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None):
+        fields = {name: getattr(self, name) for name in ("momentum", "epsilon")}
+        norm = nn.BatchNorm(self.use_running_average, **fields, parent=self.scope)
+        return norm(x, use_running_average)
+
+
+class Other(nn.Module):
+    """No batch norm."""
+
+    use_running_average: bool | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return x
+
+
+def test_classes_of_the_models_own():
+    x = inputs()
+
+    def report(norm, **options):
+        model = sbn.linen.sample_norms(Block(norm=norm), **options)
+        return sbn.linen.switch_report(model, x)
+
+    assert report(Inherits).count("folded") == 1
+    assert report(Copy, norm_types=(Copy,)).count("folded") == 1
+    with pytest.raises(TypeError, match="without momentum, epsilon"):
+        report(Other, norm_types=(Other,))
+
+
+def test_what_does_not_match_raises():
+    x = inputs()
+    with pytest.raises(ValueError, match=r"Expected a model with flax\.linen\.BatchNorm"):
+        sbn.linen.sample_norms(nn.Dense(2)).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="Expected a sampler"):
+        sbn.linen.sample_norms(Chain(), 8)
+    with pytest.raises(ValueError, match="Expected a model of its own"):
+        sbn.linen.sample_norms(Chain().bind({}))
+    with pytest.raises(ValueError, match="Expected rngs for BatchSampling"):
+        sbn.nnx.sample_norms(NNXBlock(), sbn.BatchSampling(4))
+
+
+def test_relu_stays_fused_by_every_name():
+    def barriers(f):
+        return str(jax.make_jaxpr(jax.grad(f))(jnp.ones(3))).count(
+            "optimization_barrier"
+        )
+
+    loss = lambda x: nn.relu(x).sum()  # noqa: E731
+    assert barriers(loss) == 0
+
+    def fused(x):
+        with sbn.fused_relu():
+            return loss(x)
+
+    assert barriers(fused) == 1
+    assert barriers(loss) == 0
+    x = inputs()
+    model = sbn.linen.sample_norms(Block(act=nn.relu))
+    other = sbn.linen.sample_norms(Block(act=nn.relu), fuse_relu=False)
+    variables = model.init(jax.random.key(0), x)
+
+    def program(model):
+        run = lambda x: model.apply(variables, x, mutable=True)[0].sum()  # noqa: E731
+        return str(jax.make_jaxpr(jax.grad(run))(x))
+
+    assert "optimization_barrier" in program(model)
+    assert "optimization_barrier" not in program(other)
