@@ -481,7 +481,9 @@ def test_classes_of_the_models_own():
 
 def test_what_does_not_match_raises():
     x = inputs()
-    with pytest.raises(ValueError, match=r"Expected a model with flax\.linen\.BatchNorm"):
+    with pytest.raises(
+        ValueError, match=r"Expected a model with flax\.linen\.BatchNorm"
+    ):
         sbn.linen.sample_norms(nn.Dense(2)).init(jax.random.key(0), x)
     with pytest.raises(TypeError, match="Expected a sampler"):
         sbn.linen.sample_norms(Chain(), 8)

@@ -244,7 +244,8 @@ class _Interceptor:
                 return _remembered(module, call, *args, **kwargs)
             if self._switches(module):
                 self.norms += 1
-                return self._norm(module, call, *args, **kwargs)
+                plain = functools.partial(call, *args, **kwargs)
+                return self._norm(module, plain, *args, **kwargs)
         return call(*args, **kwargs)
 
     def _switches(self, module: nn.Module) -> bool:
@@ -259,10 +260,11 @@ class _Interceptor:
     def _norm(
         self,
         module: Any,
-        call: Callable[..., Any],
+        plain: Callable[[], Any],
         x: jax.Array,
         use_running_average: bool | None = None,
-        **kwargs: Any,
+        *,
+        mask: jax.Array | None = None,
     ) -> Any:
         """Measures a sample, and folds if it can."""
         if missing := [name for name in _NEEDED if not hasattr(module, name)]:
@@ -271,10 +273,6 @@ class _Interceptor:
                 f"{type(module).__name__} without {', '.join(missing)}. Leave it out "
                 "of `norm_types`."
             )
-
-        def plain() -> Any:
-            return call(x, use_running_average, **kwargs)
-
         if module.is_initializing():
             return plain()
         path, options = module.path, self.options
@@ -302,7 +300,7 @@ class _Interceptor:
         else:
             switching.note(path, "folded", layer=product.path)
             norm = product.norm()
-        return ours.measured(norm, features, kwargs.get("mask"))
+        return ours.measured(norm, features, mask)
 
 
 _active: contextvars.ContextVar[_Interceptor | None] = contextvars.ContextVar(
