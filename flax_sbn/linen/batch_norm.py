@@ -102,19 +102,19 @@ class BatchNorm(nn.BatchNorm):
             return super().__call__(x, use_running_average, mask=mask)
 
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        if self.as_flax():
-            running = self.running(features)
+        if self._as_flax():
+            running = self._running(features)
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None:
-                self.keep(keep_unmeasured(self.running(features), running))
+                self._keep(keep_unmeasured(self._running(features), running))
             return y
 
         norm = functools.partial(
             ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
-        return self.measured(norm, features, mask)
+        return self._measured(norm, features, mask)
 
-    def measured(
+    def _measured(
         self,
         norm: Callable[..., tuple[jax.Array, Statistics]],
         features: tuple[int, ...],
@@ -137,21 +137,21 @@ class BatchNorm(nn.BatchNorm):
                 f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
                 "rngs={'sampling': key} to apply, a fresh key each step."
             )
-        running = self.running(features)
+        running = self._running(features)
         y, statistics = norm(
-            *self.affine(features),
+            *self._affine(features),
             sampler=self.sampler,
             key=self.make_rng("sampling") if draws else None,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            measure=self.measure,
-            correct=self.correct,
+            measure=self._measure,
+            correct=self._correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self.keep(self.update(running, statistics))
+        self._keep(self._update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
@@ -159,7 +159,7 @@ class BatchNorm(nn.BatchNorm):
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],
@@ -169,7 +169,9 @@ class BatchNorm(nn.BatchNorm):
         """Returns the moments of measured values."""
         return mean_and_var(x, axes, where, one_pass)
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
@@ -178,40 +180,40 @@ class BatchNorm(nn.BatchNorm):
             epsilon=self.epsilon,
         )
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         epsilon = self.epsilon if self.averages_deviations else None
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
-    def folds(self) -> bool:
+    def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         return self.sampler is not None and self.ghost_groups == 1
 
-    def as_flax(self) -> bool:
+    def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
         own = type(self)
         return (
             self.sampler is None
             and self.running_weight == 0
             and self.ghost_groups == 1
-            and own.measure is BatchNorm.measure
-            and own.correct is BatchNorm.correct
-            and own.update is BatchNorm.update
+            and own._measure is BatchNorm._measure
+            and own._correct is BatchNorm._correct
+            and own._update is BatchNorm._update
             and not self.averages_deviations
         )
 
-    def affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
+    def _affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
         return scale_and_bias(self, features)
 
-    def running(self, features: tuple[int, ...]) -> Statistics:
+    def _running(self, features: tuple[int, ...]) -> Statistics:
         """Returns the running statistics."""
         mean = jnp.zeros(features, jnp.float32)
         mean = self.get_variable("batch_stats", "mean", mean)
         var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
         return Statistics(mean, var)
 
-    def keep(self, running: Statistics) -> None:
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step."""
         self.put_variable("batch_stats", "mean", running.mean)
         self.put_variable("batch_stats", "var", running.var)

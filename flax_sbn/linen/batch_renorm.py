@@ -57,13 +57,15 @@ class BatchRenorm(CountingBatchNorm):
 
     averages_deviations = True
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
             running,
             running_weight=self.running_weight,
-            r_max=value_at(self.r_max, self.num_steps()),
-            d_max=value_at(self.d_max, self.num_steps()),
+            r_max=value_at(self.r_max, self._num_steps()),
+            d_max=value_at(self.d_max, self._num_steps()),
             epsilon=self.epsilon,
         )

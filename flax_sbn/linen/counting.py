@@ -23,11 +23,11 @@ class CountingBatchNorm(BatchNorm):
         self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
         return super().__call__(x, use_running_average, mask=mask)
 
-    def num_steps(self) -> jax.Array:
+    def _num_steps(self) -> jax.Array:
         """Returns the number of training steps so far."""
         return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))
 
-    def keep(self, running: Statistics) -> None:
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step, and counts this one."""
-        super().keep(running)
-        self.put_variable("batch_stats", "step", self.num_steps() + 1)
+        super()._keep(running)
+        self.put_variable("batch_stats", "step", self._num_steps() + 1)

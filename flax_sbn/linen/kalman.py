@@ -122,7 +122,7 @@ class KalmanNorm(nn.Module):
         features = y.shape[-1:]
         if evaluate or self.is_initializing():
             y = norm(y, use_running_average, mask=mask)
-            return y, norm.running(features)
+            return y, norm._running(features)
 
         if norm.ghost_groups != 1:
             raise ValueError(
@@ -153,5 +153,5 @@ class KalmanNorm(nn.Module):
             )
             return result, result[1]  # returned, and averaged
 
-        result: Any = norm.measured(mixed, features, mask)
+        result: Any = norm._measured(mixed, features, mask)
         return result

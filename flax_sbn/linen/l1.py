@@ -39,7 +39,7 @@ class L1BatchNorm(BatchNorm):
 
     averages_deviations = True
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],

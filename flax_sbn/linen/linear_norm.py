@@ -83,7 +83,7 @@ def linear_norm(
         name="norm",
         **own,
     )
-    if layer.is_initializing() or not (evaluate or norm.folds()):
+    if layer.is_initializing() or not (evaluate or norm._folds()):
         y = norm(linear(x), mask=mask)
         return add_and_activate(y, residual, layer.activation)
 
@@ -106,10 +106,10 @@ def linear_norm(
 
     features = kernel_shape[-1:]
     if not evaluate:
-        return norm.measured(folded, features, mask)
+        return norm._measured(folded, features, mask)
     y, _ = folded(
-        *norm.affine(features),
-        statistics=norm.running(features),
+        *norm._affine(features),
+        statistics=norm._running(features),
         epsilon=layer.epsilon,
         dtype=layer.dtype,
     )

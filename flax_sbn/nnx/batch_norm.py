@@ -118,14 +118,14 @@ class BatchNorm(nnx.BatchNorm):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
-        running = self.running()
-        if self.as_flax() or evaluate or evaluate is None:
+        running = self._running()
+        if self._as_flax() or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
-                self.keep(keep_unmeasured(self.running(), running))
+                self._keep(keep_unmeasured(self._running(), running))
             return y
 
-        scale, bias = self.affine()
+        scale, bias = self._affine()
         x, _, _, scale, bias = self.promote_dtype(
             (x, *running, scale, bias), dtype=self.dtype
         )
@@ -137,9 +137,9 @@ class BatchNorm(nnx.BatchNorm):
             num_groups=self.ghost_groups,
             axis=self.axis,
         )
-        return self.measured(norm, mask)
+        return self._measured(norm, mask)
 
-    def measured(
+    def _measured(
         self,
         norm: Callable[..., tuple[jax.Array, Statistics]],
         mask: jax.Array | None = None,
@@ -153,7 +153,7 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The first result of ``norm``.
         """
-        running = self.running()
+        running = self._running()
         y, statistics = norm(
             sampler=self.sampler,
             key=None if self.rngs is None else self.rngs(),
@@ -161,12 +161,12 @@ class BatchNorm(nnx.BatchNorm):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            measure=self.measure,
-            correct=self.correct,
+            measure=self._measure,
+            correct=self._correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self.keep(self.update(running, statistics))
+        self._keep(self._update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
@@ -174,7 +174,7 @@ class BatchNorm(nnx.BatchNorm):
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],
@@ -184,7 +184,9 @@ class BatchNorm(nnx.BatchNorm):
         """Returns the moments of measured values."""
         return mean_and_var(x, axes, where, one_pass)
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
@@ -193,36 +195,36 @@ class BatchNorm(nnx.BatchNorm):
             epsilon=self.epsilon,
         )
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         epsilon = self.epsilon if self.averages_deviations else None
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
-    def folds(self) -> bool:
+    def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         return self.sampler is not None and self.ghost_groups == 1
 
-    def as_flax(self) -> bool:
+    def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
         own = type(self)
         return (
             self.sampler is None
             and self.running_weight == 0
             and self.ghost_groups == 1
-            and own.measure is BatchNorm.measure
-            and own.correct is BatchNorm.correct
-            and own.update is BatchNorm.update
+            and own._measure is BatchNorm._measure
+            and own._correct is BatchNorm._correct
+            and own._update is BatchNorm._update
             and not self.averages_deviations
         )
 
-    def affine(self) -> tuple[jax.Array | None, ...]:
+    def _affine(self) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
         return parameters.values(self.scale, self.bias)
 
-    def running(self) -> Statistics:
+    def _running(self) -> Statistics:
         """Returns the running statistics."""
         return Statistics(self.mean[...], self.var[...])
 
-    def keep(self, running: Statistics) -> None:
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step."""
         self.mean[...], self.var[...] = running

@@ -125,7 +125,7 @@ class KalmanNorm(nnx.Module):
         y = self.linear(x)
         if evaluate or evaluate is None:
             y = norm(y, use_running_average, mask=mask)
-            return y, norm.running()
+            return y, norm._running()
 
         if norm.ghost_groups != 1:
             raise ValueError(
@@ -147,12 +147,12 @@ class KalmanNorm(nnx.Module):
         def mixed(**options: Any) -> Any:
             result = kalman_norm(
                 y,
-                *norm.affine(),
+                *norm._affine(),
                 prior=prior,
                 prior_weight=self.prior_weight,
                 **options,
             )
             return result, result[1]  # returned, and averaged
 
-        result: Any = norm.measured(mixed, mask)
+        result: Any = norm._measured(mixed, mask)
         return result

@@ -72,7 +72,7 @@ def linear_norm(
             "Expected use_running_average in the constructor or the call, got None in "
             "both. Use model.train() and model.eval(), or pass it."
         )
-    if not (evaluate or norm.folds()):
+    if not (evaluate or norm._folds()):
         y = norm(linear(x), use_running_average, mask=mask)
         return add_and_activate(y, residual, activation)
 
@@ -83,13 +83,13 @@ def linear_norm(
         return fold(
             x,
             kernel,
-            *norm.affine(),
+            *norm._affine(),
             residual=residual,
             activation=activation,
             **options,
         )
 
     if not evaluate:
-        return norm.measured(folded, mask)
-    y, _ = folded(statistics=norm.running(), epsilon=norm.epsilon, dtype=norm.dtype)
+        return norm._measured(folded, mask)
+    y, _ = folded(statistics=norm._running(), epsilon=norm.epsilon, dtype=norm.dtype)
     return y
