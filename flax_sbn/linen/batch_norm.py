@@ -1,6 +1,7 @@
 """flax.linen.BatchNorm plus a sampler."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -20,6 +21,10 @@ from flax_sbn.statistics import (
     reduction_axes,
     update_running,
 )
+
+# Without what linen wraps around it, to which it would be a call of its own: captured,
+# intercepted and tabulated beside that of the layer.
+_flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 
 
 class BatchNorm(nn.BatchNorm):
@@ -99,12 +104,12 @@ class BatchNorm(nn.BatchNorm):
         axes = reduction_axes(x.ndim, self.axis)
         needs_key(self.sampler)  # complains, also where nothing is measured
         if evaluate or self.is_initializing():
-            return super().__call__(x, use_running_average, mask=mask)
+            return _flax_call(self, x, use_running_average, mask=mask)
 
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
         if self._as_flax():
             running = self._running(features)
-            y = super().__call__(x, use_running_average, mask=mask)
+            y = _flax_call(self, x, use_running_average, mask=mask)
             if mask is not None:
                 self._keep(keep_unmeasured(self._running(features), running))
             return y
@@ -114,6 +119,7 @@ class BatchNorm(nn.BatchNorm):
         )
         return self._measured(norm, features, mask)
 
+    @nn.nowrap
     def _measured(
         self,
         norm: Callable[..., tuple[jax.Array, Statistics]],
@@ -159,6 +165,7 @@ class BatchNorm(nn.BatchNorm):
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
+    @nn.nowrap
     def _measure(
         self,
         x: jax.Array,
@@ -169,6 +176,7 @@ class BatchNorm(nn.BatchNorm):
         """Returns the moments of measured values."""
         return mean_and_var(x, axes, where, one_pass)
 
+    @nn.nowrap
     def _correct(
         self, statistics: Statistics, running: Statistics | None
     ) -> Statistics:
@@ -180,15 +188,18 @@ class BatchNorm(nn.BatchNorm):
             epsilon=self.epsilon,
         )
 
+    @nn.nowrap
     def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         epsilon = self.epsilon if self.averages_deviations else None
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
+    @nn.nowrap
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         return self.sampler is not None and self.ghost_groups == 1
 
+    @nn.nowrap
     def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
         own = type(self)
@@ -202,10 +213,12 @@ class BatchNorm(nn.BatchNorm):
             and not self.averages_deviations
         )
 
+    @nn.nowrap
     def _affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
         return scale_and_bias(self, features)
 
+    @nn.nowrap
     def _running(self, features: tuple[int, ...]) -> Statistics:
         """Returns the running statistics."""
         mean = jnp.zeros(features, jnp.float32)
@@ -213,6 +226,7 @@ class BatchNorm(nn.BatchNorm):
         var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
         return Statistics(mean, var)
 
+    @nn.nowrap
     def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step."""
         self.put_variable("batch_stats", "mean", running.mean)

@@ -1,5 +1,7 @@
 """Batch Renormalization."""
 
+from flax import linen as nn
+
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
 from flax_sbn.alternatives.schedules import Schedule, value_at
 from flax_sbn.linen.counting import CountingBatchNorm
@@ -57,6 +59,7 @@ class BatchRenorm(CountingBatchNorm):
 
     averages_deviations = True
 
+    @nn.nowrap
     def _correct(
         self, statistics: Statistics, running: Statistics | None
     ) -> Statistics:

@@ -1,5 +1,7 @@
 """Diminishing batch norm, as a linen layer."""
 
+from flax import linen as nn
+
 from flax_sbn.alternatives.diminishing import (
     diminished,
     one_over_steps,
@@ -55,6 +57,7 @@ class DiminishingBatchNorm(CountingBatchNorm):
 
     weight: Schedule = one_over_steps
 
+    @nn.nowrap
     def _correct(
         self, statistics: Statistics, running: Statistics | None
     ) -> Statistics:
@@ -62,6 +65,7 @@ class DiminishingBatchNorm(CountingBatchNorm):
         weight = value_at(self.weight, self._num_steps())
         return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
 
+    @nn.nowrap
     def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         weight = value_at(self.weight, self._num_steps())
