@@ -220,11 +220,13 @@ class BatchNorm(nn.BatchNorm):
 
     @nn.nowrap
     def _running(self, features: tuple[int, ...]) -> Statistics:
-        """Returns the running statistics."""
-        mean = jnp.zeros(features, jnp.float32)
-        mean = self.get_variable("batch_stats", "mean", mean)
-        var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
-        return Statistics(mean, var)
+        """Returns the running statistics; where there are none, does as flax does."""
+        assert self.scope is not None
+        scope = self.scope.rewound()  # flax's call asks for them, too
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = scope.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        var = scope.variable("batch_stats", "var", jnp.ones, features, dtype)
+        return Statistics(mean.value, var.value)
 
     @nn.nowrap
     def _keep(self, running: Statistics) -> None:

@@ -31,7 +31,9 @@ class CountingBatchNorm(BatchNorm):
     @nn.nowrap
     def _num_steps(self) -> jax.Array:
         """Returns the number of training steps so far."""
-        return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))
+        assert self.scope is not None
+        scope = self.scope.rewound()  # `__call__` asks for it, too
+        return scope.variable("batch_stats", "step", jnp.zeros, (), jnp.int32).value
 
     @nn.nowrap
     def _keep(self, running: Statistics) -> None:
