@@ -11,6 +11,7 @@ from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.linen.affine import scale_and_bias
+from flax_sbn.linen.keys import draw_key
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -30,16 +31,17 @@ _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 class BatchNorm(nn.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.linen.BatchNorm` with three more fields, ``sampler``,
-    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
-    :math:`S` the positions that the sampler chooses:
+    :class:`flax.linen.BatchNorm` with four more fields, ``sampler``,
+    ``running_weight``, ``ghost_groups`` and ``rng_collection``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
-    Positions are drawn from the rng stream ``'sampling'``, anew in each layer and step;
-    nothing is drawn at evaluation and in ``init``. Input and output are
-    ``(N, *spatial, C)``, of any real or complex dtype; running statistics are float32.
+    Positions are drawn anew in each layer and step, from the rng stream ``'sampling'``
+    or, as flax's dropout does, from ``'params'`` where it is missing; nothing is drawn
+    at evaluation and in ``init``. Input and output are ``(N, *spatial, C)``, of any
+    real or complex dtype; running statistics are float32.
     With ``sampler=None`` this is flax's layer to the bit, and parameters and statistics
     always have flax's names, so that checkpoints load either way.
 
@@ -54,11 +56,12 @@ class BatchNorm(nn.BatchNorm):
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of rows that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
+      rng_collection: name of the rng stream.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
-        is out of range, or the rng stream ``'sampling'`` is missing and needed.
+        is out of range, or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -79,6 +82,7 @@ class BatchNorm(nn.BatchNorm):
     sampler: Sampler | None = None
     running_weight: float = 0.0
     ghost_groups: int = 1
+    rng_collection: str = "sampling"
 
     @nn.compact
     def __call__(
@@ -136,18 +140,14 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The first result of ``norm``.
         """
-        draws = needs_key(self.sampler)
-        if draws and not self.has_rng("sampling"):
-            raise ValueError(
-                f"Expected an rng stream 'sampling' for {self.sampler}, got none in "
-                f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
-                "rngs={'sampling': key} to apply, a fresh key each step."
-            )
+        key = None
+        if needs_key(self.sampler):
+            key = draw_key(self, self.rng_collection, str(self.sampler))
         running = self._running(features)
         y, statistics = norm(
             *self._affine(features),
             sampler=self.sampler,
-            key=self.make_rng("sampling") if draws else None,
+            key=key,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,

@@ -33,7 +33,8 @@ class ConvNorm(nn.Module):
 
     Parameters are ``conv/kernel``, ``norm/scale`` and ``norm/bias``, running statistics
     ``norm/mean`` and ``norm/var``, float32 whatever the compute dtype: those of modules
-    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``.
+    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``,
+    or from ``'params'`` where it is missing.
 
     Attributes:
       features: number of output features, as all up to ``mask`` in
@@ -68,6 +69,7 @@ class ConvNorm(nn.Module):
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
         what is the default of ``norm_cls``.
+      rng_collection: name of the rng stream that positions are drawn from.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None. :func:`flax.linen.relu` is replaced by
@@ -76,7 +78,7 @@ class ConvNorm(nn.Module):
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -123,6 +125,7 @@ class ConvNorm(nn.Module):
     conv_general_dilated_cls: Any = None
     sampler: Sampler | None = None
     running_weight: float | None = None
+    rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
 

@@ -53,6 +53,7 @@ class DenseNorm(nn.Module):
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
         what is the default of ``norm_cls``.
+      rng_collection: name of the rng stream that positions are drawn from.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None; see :class:`ConvNorm`.
@@ -60,7 +61,7 @@ class DenseNorm(nn.Module):
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -100,6 +101,7 @@ class DenseNorm(nn.Module):
     dot_general_cls: Any = None
     sampler: Sampler | None = None
     running_weight: float | None = None
+    rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
 

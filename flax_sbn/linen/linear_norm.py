@@ -80,6 +80,7 @@ def linear_norm(
         use_fast_variance=layer.use_fast_variance,
         force_float32_reductions=layer.force_float32_reductions,
         sampler=layer.sampler,
+        rng_collection=layer.rng_collection,
         name="norm",
         **own,
     )

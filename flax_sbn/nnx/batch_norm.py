@@ -9,6 +9,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.nnx import parameters
+from flax_sbn.nnx.keys import draw_key, fork_stream
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -24,9 +25,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.nnx.BatchNorm` with three more arguments, ``sampler``,
-    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
-    :math:`S` the positions that the sampler chooses:
+    :class:`flax.nnx.BatchNorm` with four more arguments, ``sampler``,
+    ``running_weight``, ``ghost_groups`` and ``rng_collection``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -49,14 +50,17 @@ class BatchNorm(nnx.BatchNorm):
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of rows that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
-      rngs: keys for the parameters and, for samplers that draw, the stream
-        ``'sampling'`` (or a default stream).
+      rng_collection: name of the rng stream.
+      rngs: keys for the parameters and, for samplers that draw, that stream (or a
+        default stream). A layer that was made without a sampler that draws has no
+        stream: to give it such a sampler set its attribute ``rngs`` as well, as in
+        ``layer.set_attributes(sampler=sampler, rngs=nnx.Rngs(0))``.
       **options: those of :class:`flax.nnx.BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
-        is out of range, or the rng stream ``'sampling'`` is missing and needed.
+        is out of range, or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,21 +84,18 @@ class BatchNorm(nnx.BatchNorm):
         sampler: Sampler | None = None,
         running_weight: float = 0.0,
         ghost_groups: int = 1,
+        rng_collection: str = "sampling",
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.sampler, self.running_weight = sampler, running_weight
-        self.ghost_groups = ghost_groups
-        self.rngs: nnx.RngStream | None = nnx.data(None)
-        if needs_key(sampler):
-            if "sampling" not in rngs and "default" not in rngs:
-                raise ValueError(
-                    f"Expected an rng stream 'sampling' for {sampler}, got streams "
-                    f"{sorted(rngs)}. Use nnx.Rngs(params=0, sampling=1), or "
-                    "nnx.Rngs(0) for every stream."
-                )
-            self.rngs = rngs["sampling"].fork()
+        self.ghost_groups, self.rng_collection = ghost_groups, rng_collection
+        self.rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(
+            fork_stream(rngs, rng_collection, str(sampler))
+            if needs_key(sampler)
+            else None
+        )
 
     def __call__(
         self,
@@ -154,9 +155,12 @@ class BatchNorm(nnx.BatchNorm):
           The first result of ``norm``.
         """
         running = self._running()
+        key = None
+        if needs_key(self.sampler):
+            key = draw_key(self.rngs, self.rng_collection, str(self.sampler))
         y, statistics = norm(
             sampler=self.sampler,
-            key=None if self.rngs is None else self.rngs(),
+            key=key,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,

@@ -41,14 +41,15 @@ class ConvNorm(nnx.Module):
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
-        ``'sampling'`` (or a default stream).
+        ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Conv`, without a bias, and of
-        :class:`flax.nnx.BatchNorm`; but no ``axis`` and no ``promote_dtype``.
+        :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
+        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp

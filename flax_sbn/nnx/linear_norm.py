@@ -14,7 +14,8 @@ from flax_sbn.statistics import Statistics
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
 _NORM_OPTIONS = (
-    set(inspect.signature(nnx.BatchNorm.__init__).parameters) | {"running_weight"}
+    set(inspect.signature(nnx.BatchNorm.__init__).parameters)
+    | {"running_weight", "rng_collection"}
 ) - {
     "self",
     "num_features",
