@@ -11,7 +11,7 @@ from flax.linen.linear import default_kernel_init
 from jax import lax
 from jax.typing import DTypeLike
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, fused
 from flax_sbn.convolution import Extents, Padding
 from flax_sbn.folding import conv_norm
 from flax_sbn.linen.batch_norm import BatchNorm
@@ -128,6 +128,10 @@ class ConvNorm(nn.Module):
     rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
+
+    def __post_init__(self) -> None:
+        self.activation = fused(self.activation)
+        super().__post_init__()
 
     @nn.compact
     def __call__(

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.keys import draw_key
@@ -93,7 +93,7 @@ class KalmanNorm(nn.Module):
     norm: BatchNorm
     prior_weight: float = 0.9
     num_virtual: int = 1
-    input_activation: Activation | None = nn.relu
+    input_activation: Activation | None = relu
 
     def __call__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, fused
 from flax_sbn.convolution import Extents
 from flax_sbn.folding import conv_norm
 from flax_sbn.nnx.batch_norm import BatchNorm
@@ -95,7 +95,7 @@ class ConvNorm(nnx.Module):
         self.norm: BatchNorm | None = nnx.data(
             norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
-        self.activation = activation
+        self.activation = fused(activation)
 
     def __call__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, fused
 from flax_sbn.folding import dense_norm
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import linear_norm, split_options
@@ -75,7 +75,7 @@ class DenseNorm(nnx.Module):
         self.norm: BatchNorm | None = nnx.data(
             norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
-        self.activation = activation
+        self.activation = fused(activation)
 
     def __call__(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.keys import fork_stream
@@ -84,7 +84,7 @@ class KalmanNorm(nnx.Module):
         *,
         prior_weight: float = 0.9,
         num_virtual: int = 1,
-        input_activation: Activation | None = nnx.relu,
+        input_activation: Activation | None = relu,
         rngs: nnx.Rngs,
     ) -> None:
         self.linear, self.norm = linear, norm
