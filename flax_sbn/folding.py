@@ -128,6 +128,28 @@ def _check_features(kernel: jax.Array, **given: ArrayLike | None) -> None:
             )
 
 
+def refuse_options(**given: object) -> None:
+    """Refuses options of either layer that would be mistaken in one for both.
+
+    A convolution before a norm has ``use_bias=False``. Kept there, it would take away
+    the norm's bias.
+
+    Args:
+      **given: ``use_bias`` and ``use_scale``, None where not given.
+
+    Raises:
+      TypeError: if one is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            own = name.replace("use", "norm")
+            raise TypeError(
+                f"Expected {own} of a layer that folds, got {name}={value!r}. Leave "
+                "out the use_bias=False of a convolution or dense layer, which never "
+                f"has a bias here; {own}={value!r} is for that of the norm."
+            )
+
+
 def conv_norm(
     x: ArrayLike,
     kernel: ArrayLike,

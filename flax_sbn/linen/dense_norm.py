@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import InitVar, field
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from flax_sbn.activation import Activation, fused
-from flax_sbn.folding import dense_norm
+from flax_sbn.folding import dense_norm, refuse_options
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler
@@ -34,8 +35,9 @@ class DenseNorm(nn.Module):
         :class:`flax.linen.BatchNorm`.
       momentum: decay rate of the running statistics.
       epsilon: added to the variance.
-      use_bias: whether the norm has a bias.
-      use_scale: whether the norm has a scale.
+      norm_bias: whether the norm has a bias. The dense layer has none, and its
+        ``use_bias`` is refused, as is ``use_scale``.
+      norm_scale: whether the norm has a scale.
       bias_init: initializer of the norm's bias.
       scale_init: initializer of the norm's scale.
       axis_name: devices that pool their statistics.
@@ -59,7 +61,7 @@ class DenseNorm(nn.Module):
       activation: applied last, or None; see :class:`ConvNorm`.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
         or the rng stream is missing and needed.
 
@@ -85,8 +87,8 @@ class DenseNorm(nn.Module):
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
-    use_bias: bool = True
-    use_scale: bool = True
+    norm_bias: bool = True
+    norm_scale: bool = True
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: str | None = None
@@ -104,8 +106,11 @@ class DenseNorm(nn.Module):
     rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
+    use_bias: InitVar[None] = field(default=None, kw_only=True)
+    use_scale: InitVar[None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, use_bias: None = None, use_scale: None = None) -> None:
+        refuse_options(use_bias=use_bias, use_scale=use_scale)
         self.activation = fused(self.activation)
         super().__post_init__()
 

@@ -44,10 +44,12 @@ class ConvNorm(nnx.Module):
         ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Conv`, without a bias, and of
         :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
-        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`.
+        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`. Whether the
+        norm has a bias and a scale is ``norm_bias`` and ``norm_scale``: ``use_bias``
+        and ``use_scale`` are refused.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
         or the rng stream is missing and needed.
 
@@ -89,7 +91,7 @@ class ConvNorm(nnx.Module):
             out_features,
             kernel_size,
             strides,
-            **{**conv, "use_bias": False},
+            **conv,
             rngs=rngs,
         )
         self.norm: BatchNorm | None = nnx.data(

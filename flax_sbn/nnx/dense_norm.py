@@ -36,10 +36,12 @@ class DenseNorm(nnx.Module):
         ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Linear`, without a bias, and of
         :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
-        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`.
+        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`. Whether the
+        norm has a bias and a scale is ``norm_bias`` and ``norm_scale``: ``use_bias``
+        and ``use_scale`` are refused.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
         or the rng stream is missing and needed.
 
@@ -69,9 +71,7 @@ class DenseNorm(nnx.Module):
         **options: Any,
     ) -> None:
         dense, norm = split_options(options)
-        self.dense = nnx.Linear(
-            in_features, out_features, **{**dense, "use_bias": False}, rngs=rngs
-        )
+        self.dense = nnx.Linear(in_features, out_features, **dense, rngs=rngs)
         self.norm: BatchNorm | None = nnx.data(
             norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )

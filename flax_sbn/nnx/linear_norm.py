@@ -9,11 +9,12 @@ from flax import nnx
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
+from flax_sbn.folding import refuse_options
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
-_NORM_OPTIONS = (
+_SAME_NAME = (
     set(inspect.signature(nnx.BatchNorm.__init__).parameters)
     | {"running_weight", "rng_collection"}
 ) - {
@@ -22,23 +23,37 @@ _NORM_OPTIONS = (
     "axis",
     "promote_dtype",
     "rngs",
+    "use_bias",
+    "use_scale",
+}
+# By the folded layer's name, the norm's.
+_NORM_OPTIONS = {name: name for name in _SAME_NAME} | {
+    "norm_bias": "use_bias",
+    "norm_scale": "use_scale",
 }
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the options of the linear layer and those of the norm."""
+    refuse_options(use_bias=options.get("use_bias"), use_scale=options.get("use_scale"))
     for name in ("axis", "promote_dtype"):
         if name in options:
             raise TypeError(
                 f"Expected options of a layer that folds, got {name}. Features are "
                 "last, and the fold decides where it rounds; take Conv and BatchNorm."
             )
-    norm = {name: options[name] for name in options if name in _NORM_OPTIONS}
+    norm = {
+        _NORM_OPTIONS[name]: value
+        for name, value in options.items()
+        if name in _NORM_OPTIONS
+    }
     shared = ("dtype", "param_dtype")
     linear = {
-        name: options[name] for name in options if name in shared or name not in norm
+        name: value
+        for name, value in options.items()
+        if name in shared or name not in _NORM_OPTIONS
     }
-    return linear, norm
+    return {**linear, "use_bias": False}, norm
 
 
 def linear_norm(
