@@ -12,7 +12,6 @@ from jax.typing import ArrayLike
 Activation = Callable[[jax.Array], jax.Array]
 
 
-@jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
     r"""Rectified linear unit that stays fused with the convolution before it.
 
@@ -37,14 +36,20 @@ def relu(x: jax.Array) -> jax.Array:
 
     The formulation is ours.
     """
+    # A function of its own, so that a copied or unpickled model holds the very same.
+    return _relu(x)
+
+
+@jax.custom_jvp
+def _relu(x: jax.Array) -> jax.Array:
     return jnp.maximum(x, 0)
 
 
-@relu.defjvp
+@_relu.defjvp
 def _relu_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
-    y = relu(*primals)
+    y = _relu(*primals)
     (tangent,) = tangents
     positive = lax.optimization_barrier(y) > 0
     return y, jnp.where(positive, tangent, jnp.zeros_like(tangent))
@@ -68,19 +73,29 @@ def fused_relu() -> Iterator[None]:
       Array([0., 0., 1.], dtype=float32)
     """
     plain: Any = jax.nn.relu
-    fused: Any = relu
     before = plain.jvp
-    plain.jvp = fused.jvp
+    plain.jvp = _relu_jvp
     try:
         yield
     finally:
         plain.jvp = before
 
 
+def fused(activation: Activation | None) -> Activation | None:
+    """Returns the activation, :func:`jax.nn.relu` such that it stays fused."""
+    return relu if _origin(activation) == _origin(jax.nn.relu) else activation
+
+
+def _origin(activation: Activation | None) -> tuple[Any, ...]:
+    """Returns what a function shares with its copies, which do not compare equal."""
+    names = ("__module__", "__qualname__")
+    return (type(activation), *(getattr(activation, name, None) for name in names))
+
+
 def add_and_activate(
     x: jax.Array, residual: ArrayLike | None, activation: Activation | None
 ) -> jax.Array:
-    """Adds the residual, and applies the activation: ReLU such that it stays fused."""
+    """Adds the residual, and applies the activation; see :func:`fused`."""
     if residual is not None:
         residual = jnp.asarray(residual, x.dtype)
         if residual.shape != x.shape:
@@ -89,6 +104,5 @@ def add_and_activate(
                 f"shape {residual.shape}. Project or subsample it first."
             )
         x += residual
-    if activation is jax.nn.relu:
-        activation = relu
+    activation = fused(activation)
     return x if activation is None else activation(x)

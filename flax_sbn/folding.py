@@ -128,6 +128,28 @@ def _check_features(kernel: jax.Array, **given: ArrayLike | None) -> None:
             )
 
 
+def refuse_options(**given: object) -> None:
+    """Refuses options of either layer that would be mistaken in one for both.
+
+    A convolution before a norm has ``use_bias=False``. Kept there, it would take away
+    the norm's bias.
+
+    Args:
+      **given: ``use_bias`` and ``use_scale``, None where not given.
+
+    Raises:
+      TypeError: if one is given.
+    """
+    for name, value in given.items():
+        if value is not None:
+            own = name.replace("use", "norm")
+            raise TypeError(
+                f"Expected {own} of a layer that folds, got {name}={value!r}. Leave "
+                "out the use_bias=False of a convolution or dense layer, which never "
+                f"has a bias here; {own}={value!r} is for that of the norm."
+            )
+
+
 def conv_norm(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -323,6 +345,32 @@ def dense_norm(
         key=key,
         activation=activation,
         residual=residual,
+        **options,
+    )
+
+
+def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]]:
+    """Returns ``conv_norm`` or ``dense_norm`` with the options of one of flax's layers.
+
+    Args:
+      layer: ``Conv``, ``Dense`` or ``Linear``, of linen or nnx.
+    """
+    kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
+    function = getattr(layer, kind) or getattr(lax, kind)
+    if (make := getattr(layer, f"{kind}_cls", None)) is not None:
+        function = make()
+    if (element := getattr(layer, "preferred_element_type", None)) is not None:
+        function = functools.partial(function, preferred_element_type=element)
+    options = {kind: function, "precision": layer.precision}
+    if kind == "dot_general":
+        return functools.partial(dense_norm, **options)
+    return functools.partial(
+        conv_norm,
+        strides=layer.strides,
+        padding=layer.padding,
+        input_dilation=layer.input_dilation,
+        kernel_dilation=layer.kernel_dilation,
+        feature_group_count=layer.feature_group_count,
         **options,
     )
 

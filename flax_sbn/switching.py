@@ -9,7 +9,6 @@ else reads its output it stays, and nothing is wrong.
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import io
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,12 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
-from jax import lax
 from rich.console import Console
 from rich.table import Table
 
 from flax_sbn.convolution import masked_kernel
-from flax_sbn.folding import conv_norm, dense_norm
+from flax_sbn.folding import fold_like
 from flax_sbn.sampling import Sampler, needs_key, sampled_parts
 from flax_sbn.statistics import Statistics
 
@@ -216,32 +214,6 @@ def _is_traced(x: Any) -> bool:
             return True
         x = inner
     return False
-
-
-def fold_like(layer: Any) -> Norm:
-    """Returns ``conv_norm`` or ``dense_norm`` with the options of one of flax's layers.
-
-    Args:
-      layer: ``Conv``, ``Dense`` or ``Linear``, of linen or nnx.
-    """
-    kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
-    function = getattr(layer, kind) or getattr(lax, kind)
-    if (make := getattr(layer, f"{kind}_cls", None)) is not None:
-        function = make()
-    if (element := getattr(layer, "preferred_element_type", None)) is not None:
-        function = functools.partial(function, preferred_element_type=element)
-    options = {kind: function, "precision": layer.precision}
-    if kind == "dot_general":
-        return functools.partial(dense_norm, **options)
-    return functools.partial(
-        conv_norm,
-        strides=layer.strides,
-        padding=layer.padding,
-        input_dilation=layer.input_dilation,
-        kernel_dilation=layer.kernel_dilation,
-        feature_group_count=layer.feature_group_count,
-        **options,
-    )
 
 
 def obstacle(

@@ -28,7 +28,10 @@ LINEAR = {
     "dense": {},
 }
 SHAPES = {"conv": ((16, 9, 8, 6), (16, 5, 4, 4)), "dense": ((16, 7, 6), (16, 7, 4))}
-NORM = ["use_scale", "use_bias", "epsilon", "momentum", "axis_name", "sampler"]
+NORM = {  # options of the norm, and their names there
+    **{"norm_scale": "use_scale", "norm_bias": "use_bias"},
+    **{name: name for name in ("epsilon", "momentum", "axis_name", "sampler")},
+}
 NAMES = ("NS", "BS", "FS", "FS+VDN", "lattice")
 SAMPLERS = {"all": None} | {name: cases.SAMPLERS[name] for name in NAMES}
 DTYPES = [  # of the input and the parameters, and the layer's own
@@ -43,8 +46,8 @@ KERNEL_MASK = np.arange(3 * 2 * 3 * 4).reshape(3, 2, 3, 4) % 3 > 0
 
 def split(options):
     """The options of a linear layer and those of the norm behind it."""
-    norm = {name: options[name] for name in NORM if name in options}
-    linear = {name: options[name] for name in options if name not in norm}
+    norm = {NORM[name]: value for name, value in options.items() if name in NORM}
+    linear = {name: value for name, value in options.items() if name not in NORM}
     shared = {name: options[name] for name in ("dtype", "param_dtype")}
     return linear | {"use_bias": False}, norm | shared
 
@@ -128,7 +131,7 @@ def nnx_layer(kind, folded, x, activation, options):
 def everything(make, folded, case):
     """What a layer creates, gives, updates, sends back and evaluates to."""
     kind, options = case["kind"], dict(LINEAR[case["kind"]])
-    for name in ("use_scale", "use_bias", "epsilon", "momentum"):
+    for name in ("norm_scale", "norm_bias", "epsilon", "momentum"):
         options[name] = case[name]
     x_dtype, options["param_dtype"], options["dtype"] = case["dtypes"]
     options["sampler"] = SAMPLERS[case["sampler"]]
@@ -181,8 +184,8 @@ def name(case):
         residual=[True, False],
         masked=[False, True],
         kernel_mask=[False, True],
-        use_scale=[True, False],
-        use_bias=[True, False],
+        norm_scale=[True, False],
+        norm_bias=[True, False],
         epsilon=[1e-5, 0.5],
         momentum=[0.99, 0.8],
         dtypes=DTYPES,

@@ -36,8 +36,8 @@ class Block(nn.Module):
         )
         x = fold(6, (3, 3), strides=2, activation=nn.relu, name="first")(x)
         y = fold(6, (3, 1), feature_group_count=3, padding="CIRCULAR")(x)
-        x = fold(6, (1, 1), activation=jnp.tanh, use_scale=False)(y, x)
-        x = sbn.linen.DenseNorm(5, use_running_average=not train, use_bias=False)(x)
+        x = fold(6, (1, 1), activation=jnp.tanh, norm_scale=False)(y, x)
+        x = sbn.linen.DenseNorm(5, use_running_average=not train, norm_bias=False)(x)
         return nn.Dense(2)(x.mean((1, 2)))
 
 
@@ -62,10 +62,10 @@ class NnxNet(nnx.Module):
         self.layers = nnx.List(
             [
                 fold(6, 6, (3, 1), feature_group_count=3, padding="CIRCULAR"),
-                fold(6, 6, (1, 1), activation=jnp.tanh, use_scale=False),
+                fold(6, 6, (1, 1), activation=jnp.tanh, norm_scale=False),
             ]
         )
-        self.dense = sbn.nnx.DenseNorm(6, 5, use_bias=False, rngs=rngs)
+        self.dense = sbn.nnx.DenseNorm(6, 5, norm_bias=False, rngs=rngs)
         self.head = nnx.Linear(5, 2, rngs=rngs)
 
     def __call__(self, x):

@@ -1,8 +1,11 @@
 """Second-order gradients of the folded form, and the ReLU that stays fused."""
 
+import copy
 import functools
+import pickle
 
 import chex
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -108,10 +111,29 @@ def program(activation):
     return jax.make_jaxpr(jax.grad(loss, (0, 1)))
 
 
+@functools.wraps(jax.nn.relu)
+def named_relu(x):
+    return -x
+
+
 @pytest.mark.parametrize(
     ("activation", "stays"),
-    [(jax.nn.relu, True), (sbn.relu, True), (jnp.tanh, False), (None, False)],
-    ids=["jax.nn.relu", "sbn.relu", "tanh", "none"],
+    [
+        (jax.nn.relu, True),
+        (copy.deepcopy(jax.nn.relu), True),
+        (cloudpickle.loads(cloudpickle.dumps(jax.nn.relu)), True),
+        (sbn.relu, True),
+        (copy.deepcopy(sbn.relu), True),
+        (pickle.loads(pickle.dumps(sbn.relu)), True),
+        (named_relu, False),
+        (jnp.tanh, False),
+        (None, False),
+    ],
+    ids=[
+        *["jax.nn.relu", "copied jax.nn.relu", "pickled jax.nn.relu"],
+        *["sbn.relu", "copied sbn.relu", "pickled sbn.relu"],
+        *["other of the name", "tanh", "none"],
+    ],
 )
 def test_relu_is_replaced_by_the_one_that_stays_fused(activation, stays):
     x, kernel = cases.inputs((8, 6, 3)), cases.inputs((3, 3, 4), seed=1)

@@ -17,6 +17,7 @@ KEY = jax.random.key(3)
 SHAPE = cases.SHAPES[4]
 X = cases.inputs(SHAPE)
 SAMPLERS = {"all": None, **cases.SAMPLERS}
+OTHERS = jax.random.split(jax.random.key(9), 4)
 
 
 def layer_of(sampler, **options):
@@ -86,6 +87,30 @@ def test_a_missing_stream_is_named_with_the_fix(name):
     message = r"Expected an rng stream 'sampling' for .*rngs=\{'sampling': key\}"
     with pytest.raises(ValueError, match=message):
         layer.apply(variables, X, mutable=["batch_stats"])
+
+
+@pytest.mark.parametrize("stream", ["sampling", "places"])
+@pytest.mark.parametrize("kind", [BatchNorm, sbn.linen.IC, sbn.linen.BNET])
+def test_positions_come_from_the_named_stream_or_else_from_params(kind, stream):
+    layer = kind(
+        use_running_average=False,
+        sampler=sbn.BatchSampling(2),
+        rng_collection=stream,
+        **({"rate": 0.0} if kind is sbn.linen.IC else {}),
+    )
+    variables = layer.init(KEY, X)
+    other = jax.random.key(9)
+
+    def output(rngs):
+        return layer.apply(variables, X, mutable=["batch_stats"], rngs=rngs)[0]
+
+    expected = output({stream: KEY, "params": other})
+    chex.assert_trees_all_equal(output({stream: KEY, "unused": other}), expected)
+    chex.assert_trees_all_equal(output({"params": KEY}), expected)
+    chex.assert_trees_all_equal(output(KEY), expected)
+    assert any((output({stream: k, "params": KEY}) != expected).any() for k in OTHERS)
+    with pytest.raises(ValueError, match=f"Expected an rng stream '{stream}'"):
+        output({"unused": KEY})
 
 
 @pytest.mark.parametrize("name", ["all", "NS", "VDN", "VDN-strata"])

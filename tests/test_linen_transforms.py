@@ -94,3 +94,26 @@ def test_vmap_draws_one_place_or_one_for_each(split):
     x = jnp.stack([X] * 8)
     _, updated = train(model, model.init(KEY, x), x)
     assert (len(np.unique(updated["batch_stats"]["mean"][:, 0])) > 1) == split
+
+
+@pytest.mark.parametrize("lift", ["vmap", "scan"])
+def test_a_stream_that_is_not_split_is_named_with_the_fix(lift):
+    if lift == "vmap":
+        model = nn.vmap(
+            BatchNorm,
+            variable_axes={"params": None, "batch_stats": 0},
+            split_rngs={"params": False},
+        )(use_running_average=False, sampler=sbn.BatchSampling(2))
+        args = (jnp.stack([X] * 2),)
+    else:
+        model = nn.scan(
+            Block,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=2,
+        )()
+        args = (X, None)
+    variables = model.init(KEY, *args)
+    message = r"Expected an rng stream 'sampling'.*split_rngs=\{'sampling': True\}"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda v: train(model, v, *args), variables)

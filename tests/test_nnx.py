@@ -66,6 +66,44 @@ def test_a_missing_stream_is_named_with_the_fix(name):
         BatchNorm(3, sampler=cases.SAMPLERS[name], rngs=nnx.Rngs(params=0))
 
 
+def test_positions_come_from_the_named_stream():
+    def output(**streams):
+        rngs = nnx.Rngs(params=0, **streams)
+        sampler = sbn.BatchSampling(2)
+        return BatchNorm(3, sampler=sampler, rng_collection="places", rngs=rngs)(X)
+
+    expected = output(places=1, sampling=2)
+    chex.assert_trees_all_equal(output(places=1, default=2), expected)
+    assert any((output(places=seed) != expected).any() for seed in range(2, 6))
+    with pytest.raises(
+        ValueError, match=r"rng stream 'places'.*\(params=0, places=1\)"
+    ):
+        output(sampling=1)
+
+
+@pytest.mark.parametrize("name", ["all", "NS"])
+@pytest.mark.parametrize("make", ["norm", "conv"])
+def test_a_layer_that_gets_a_sampler_later_draws_or_says_what_to_do(make, name):
+    given = {"sampler": SAMPLERS[name], "momentum": 0.0, "rngs": nnx.Rngs(params=0)}
+    layer = (
+        BatchNorm(3, **given)
+        if make == "norm"
+        else sbn.nnx.ConvNorm(3, 3, (1, 1), **given)
+    )
+    drawing = sbn.BatchSampling(2)
+    layer.set_attributes(BatchNorm, sampler=drawing)
+    message = r"Expected an rng stream for BatchSampling.*set_attributes\(.*rngs="
+    with pytest.raises(ValueError, match=message):
+        layer(X)
+    layer.set_attributes(BatchNorm, sampler=drawing, rngs=nnx.Rngs(sampling=0))
+    norm = layer if make == "norm" else layer.norm
+    means = []
+    for _ in range(8):
+        layer(X)
+        means.append(float(norm.mean[0]))
+    assert len(set(means)) > 1
+
+
 def test_the_default_stream_will_do():
     first, second = (
         BatchNorm(3, sampler=sbn.BatchSampling(2), rngs=rngs)

@@ -16,7 +16,7 @@ import jax
 from flax import linen as nn
 
 import flax_sbn as sbn
-from flax_sbn.alternatives.schedules import ramp
+from flax_sbn.alternatives.schedules import Ramp
 from methods import Method
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -33,8 +33,8 @@ NORMS: dict[str, tuple[str, dict[str, Any]]] = {
         "BatchRenorm",
         {
             **_BATCH_NORM,
-            "r_max": ramp(50, 200, 1.0, 3.0),
-            "d_max": ramp(50, 150, 0.0, 5.0),
+            "r_max": Ramp(50, 200, 1.0, 3.0),
+            "d_max": Ramp(50, 150, 0.0, 5.0),
         },
     ),
     "diminishing": ("DiminishingBatchNorm", {"epsilon": 1e-5}),

@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from flax_sbn.alternatives.schedules import ramp
+from flax_sbn.alternatives.schedules import Ramp
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import Statistics
 
 # The paper's, which trains for some 100,000 steps.
-R_MAX = ramp(5_000, 40_000, 1.0, 3.0)
-D_MAX = ramp(5_000, 25_000, 0.0, 5.0)
+R_MAX = Ramp(5_000, 40_000, 1.0, 3.0)
+D_MAX = Ramp(5_000, 25_000, 0.0, 5.0)
 
 
 def batch_renorm(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_sbn.alternatives.weight_standardization import Activation
+from flax_sbn.activation import Activation
 
 
 def expected_std(blocks: Sequence[int], *, alpha: float = 0.2) -> tuple[float, ...]:

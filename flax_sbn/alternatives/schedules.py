@@ -1,5 +1,6 @@
 """Numbers that change during training."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -24,16 +25,24 @@ def value_at(schedule: Schedule, step: jax.Array) -> float | jax.Array:
     return jnp.asarray(schedule(step)) if callable(schedule) else schedule
 
 
-def ramp(begin: int, end: int, low: float, high: float) -> Schedule:
-    """Returns a schedule: ``low`` up to ``begin``, linear to ``high`` at ``end``.
+@dataclasses.dataclass(frozen=True)
+class Ramp:
+    """A schedule: ``low`` up to ``begin``, linear to ``high`` at ``end``.
+
+    Ramps of the same numbers are equal, and so are the layers that hold them.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> [float(ramp(10, 20, 1.0, 3.0)(jnp.array(step))) for step in (0, 15, 30)]
+      >>> [float(Ramp(10, 20, 1.0, 3.0)(jnp.array(step))) for step in (0, 15, 30)]
       [1.0, 2.0, 3.0]
     """
 
-    def schedule(step: jax.Array) -> jax.Array:
-        return jnp.interp(step, jnp.array([begin, end]), jnp.array([low, high]))
+    begin: int
+    end: int
+    low: float
+    high: float
 
-    return schedule
+    def __call__(self, step: jax.Array) -> jax.Array:
+        """Returns the value at a step."""
+        steps, values = (self.begin, self.end), (self.low, self.high)
+        return jnp.interp(step, jnp.array(steps), jnp.array(values))

@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +10,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike
 
+from flax_sbn.activation import Activation
 from flax_sbn.statistics import wide
-
-Activation = Callable[[jax.Array], jax.Array]
 
 
 def standardize_kernel(

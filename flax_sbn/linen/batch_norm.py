@@ -1,6 +1,7 @@
 """flax.linen.BatchNorm plus a sampler."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.linen.affine import scale_and_bias
+from flax_sbn.linen.keys import draw_key
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -21,20 +23,25 @@ from flax_sbn.statistics import (
     update_running,
 )
 
+# Without what linen wraps around it, to which it would be a call of its own: captured,
+# intercepted and tabulated beside that of the layer.
+_flax_call = inspect.unwrap(nn.BatchNorm.__call__)
+
 
 class BatchNorm(nn.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.linen.BatchNorm` with three more fields, ``sampler``,
-    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
-    :math:`S` the positions that the sampler chooses:
+    :class:`flax.linen.BatchNorm` with four more fields, ``sampler``,
+    ``running_weight``, ``ghost_groups`` and ``rng_collection``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
-    Positions are drawn from the rng stream ``'sampling'``, anew in each layer and step;
-    nothing is drawn at evaluation and in ``init``. Input and output are
-    ``(N, *spatial, C)``, of any real or complex dtype; running statistics are float32.
+    Positions are drawn anew in each layer and step, from the rng stream ``'sampling'``
+    or, as flax's dropout does, from ``'params'`` where it is missing; nothing is drawn
+    at evaluation and in ``init``. Input and output are ``(N, *spatial, C)``, of any
+    real or complex dtype; running statistics are float32.
     With ``sampler=None`` this is flax's layer to the bit, and parameters and statistics
     always have flax's names, so that checkpoints load either way.
 
@@ -49,11 +56,12 @@ class BatchNorm(nn.BatchNorm):
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of rows that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
+      rng_collection: name of the rng stream.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
-        is out of range, or the rng stream ``'sampling'`` is missing and needed.
+        is out of range, or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -74,6 +82,7 @@ class BatchNorm(nn.BatchNorm):
     sampler: Sampler | None = None
     running_weight: float = 0.0
     ghost_groups: int = 1
+    rng_collection: str = "sampling"
 
     @nn.compact
     def __call__(
@@ -99,22 +108,23 @@ class BatchNorm(nn.BatchNorm):
         axes = reduction_axes(x.ndim, self.axis)
         needs_key(self.sampler)  # complains, also where nothing is measured
         if evaluate or self.is_initializing():
-            return super().__call__(x, use_running_average, mask=mask)
+            return _flax_call(self, x, use_running_average, mask=mask)
 
         features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
-        if self.as_flax():
-            running = self.running(features)
-            y = super().__call__(x, use_running_average, mask=mask)
+        if self._as_flax():
+            running = self._running(features)
+            y = _flax_call(self, x, use_running_average, mask=mask)
             if mask is not None:
-                self.keep(keep_unmeasured(self.running(features), running))
+                self._keep(keep_unmeasured(self._running(features), running))
             return y
 
         norm = functools.partial(
             ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
-        return self.measured(norm, features, mask)
+        return self._measured(norm, features, mask)
 
-    def measured(
+    @nn.nowrap
+    def _measured(
         self,
         norm: Callable[..., tuple[jax.Array, Statistics]],
         features: tuple[int, ...],
@@ -130,28 +140,24 @@ class BatchNorm(nn.BatchNorm):
         Returns:
           The first result of ``norm``.
         """
-        draws = needs_key(self.sampler)
-        if draws and not self.has_rng("sampling"):
-            raise ValueError(
-                f"Expected an rng stream 'sampling' for {self.sampler}, got none in "
-                f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
-                "rngs={'sampling': key} to apply, a fresh key each step."
-            )
-        running = self.running(features)
+        key = None
+        if needs_key(self.sampler):
+            key = draw_key(self, self.rng_collection, str(self.sampler))
+        running = self._running(features)
         y, statistics = norm(
-            *self.affine(features),
+            *self._affine(features),
             sampler=self.sampler,
-            key=self.make_rng("sampling") if draws else None,
+            key=key,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            measure=self.measure,
-            correct=self.correct,
+            measure=self._measure,
+            correct=self._correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self.keep(self.update(running, statistics))
+        self._keep(self._update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
@@ -159,7 +165,8 @@ class BatchNorm(nn.BatchNorm):
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
-    def measure(
+    @nn.nowrap
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],
@@ -169,7 +176,10 @@ class BatchNorm(nn.BatchNorm):
         """Returns the moments of measured values."""
         return mean_and_var(x, axes, where, one_pass)
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    @nn.nowrap
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
@@ -178,40 +188,48 @@ class BatchNorm(nn.BatchNorm):
             epsilon=self.epsilon,
         )
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    @nn.nowrap
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         epsilon = self.epsilon if self.averages_deviations else None
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
-    def folds(self) -> bool:
+    @nn.nowrap
+    def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         return self.sampler is not None and self.ghost_groups == 1
 
-    def as_flax(self) -> bool:
+    @nn.nowrap
+    def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
         own = type(self)
         return (
             self.sampler is None
             and self.running_weight == 0
             and self.ghost_groups == 1
-            and own.measure is BatchNorm.measure
-            and own.correct is BatchNorm.correct
-            and own.update is BatchNorm.update
+            and own._measure is BatchNorm._measure
+            and own._correct is BatchNorm._correct
+            and own._update is BatchNorm._update
             and not self.averages_deviations
         )
 
-    def affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
+    @nn.nowrap
+    def _affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
         return scale_and_bias(self, features)
 
-    def running(self, features: tuple[int, ...]) -> Statistics:
-        """Returns the running statistics."""
-        mean = jnp.zeros(features, jnp.float32)
-        mean = self.get_variable("batch_stats", "mean", mean)
-        var = self.get_variable("batch_stats", "var", jnp.ones(features, jnp.float32))
-        return Statistics(mean, var)
+    @nn.nowrap
+    def _running(self, features: tuple[int, ...]) -> Statistics:
+        """Returns the running statistics; where there are none, does as flax does."""
+        assert self.scope is not None
+        scope = self.scope.rewound()  # flax's call asks for them, too
+        dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = scope.variable("batch_stats", "mean", jnp.zeros, features, dtype)
+        var = scope.variable("batch_stats", "var", jnp.ones, features, dtype)
+        return Statistics(mean.value, var.value)
 
-    def keep(self, running: Statistics) -> None:
+    @nn.nowrap
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step."""
         self.put_variable("batch_stats", "mean", running.mean)
         self.put_variable("batch_stats", "var", running.var)

@@ -1,5 +1,7 @@
 """Batch Renormalization."""
 
+from flax import linen as nn
+
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
 from flax_sbn.alternatives.schedules import Schedule, value_at
 from flax_sbn.linen.counting import CountingBatchNorm
@@ -57,13 +59,16 @@ class BatchRenorm(CountingBatchNorm):
 
     averages_deviations = True
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    @nn.nowrap
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
             running,
             running_weight=self.running_weight,
-            r_max=value_at(self.r_max, self.num_steps()),
-            d_max=value_at(self.d_max, self.num_steps()),
+            r_max=value_at(self.r_max, self._num_steps()),
+            d_max=value_at(self.d_max, self._num_steps()),
             epsilon=self.epsilon,
         )

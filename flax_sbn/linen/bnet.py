@@ -44,6 +44,7 @@ class BNET(nn.Module):
       sampler: see :class:`BatchNorm`, as for the rest.
       running_weight: see there.
       ghost_groups: see there.
+      rng_collection: see there.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
@@ -78,6 +79,7 @@ class BNET(nn.Module):
     sampler: Sampler | None = None
     running_weight: float = 0.0
     ghost_groups: int = 1
+    rng_collection: str = "sampling"
 
     @nn.compact
     def __call__(
@@ -111,6 +113,7 @@ class BNET(nn.Module):
             sampler=self.sampler,
             running_weight=self.running_weight,
             ghost_groups=self.ghost_groups,
+            rng_collection=self.rng_collection,
             name="norm",
         )(x, use_running_average, mask=mask)
 

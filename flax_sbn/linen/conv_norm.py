@@ -1,19 +1,18 @@
 """flax.linen.Conv with a batch norm folded into it."""
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import InitVar, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.linear import default_kernel_init
-from jax import lax
 from jax.typing import DTypeLike
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, fused
 from flax_sbn.convolution import Extents, Padding
-from flax_sbn.folding import conv_norm
+from flax_sbn.folding import refuse_options
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler
@@ -33,7 +32,8 @@ class ConvNorm(nn.Module):
 
     Parameters are ``conv/kernel``, ``norm/scale`` and ``norm/bias``, running statistics
     ``norm/mean`` and ``norm/var``, float32 whatever the compute dtype: those of modules
-    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``.
+    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``,
+    or from ``'params'`` where it is missing.
 
     Attributes:
       features: number of output features, as all up to ``mask`` in
@@ -49,8 +49,9 @@ class ConvNorm(nn.Module):
         :class:`flax.linen.BatchNorm`.
       momentum: decay rate of the running statistics.
       epsilon: added to the variance.
-      use_bias: whether the norm has a bias.
-      use_scale: whether the norm has a scale.
+      norm_bias: whether the norm has a bias. The convolution has none, and its
+        ``use_bias`` is refused, as is ``use_scale``.
+      norm_scale: whether the norm has a scale.
       bias_init: initializer of the norm's bias.
       scale_init: initializer of the norm's scale.
       axis_name: devices that pool their statistics.
@@ -68,15 +69,16 @@ class ConvNorm(nn.Module):
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
         what is the default of ``norm_cls``.
+      rng_collection: name of the rng stream that positions are drawn from.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None. :func:`flax.linen.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -107,8 +109,8 @@ class ConvNorm(nn.Module):
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
-    use_bias: bool = True
-    use_scale: bool = True
+    norm_bias: bool = True
+    norm_scale: bool = True
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: str | None = None
@@ -123,8 +125,16 @@ class ConvNorm(nn.Module):
     conv_general_dilated_cls: Any = None
     sampler: Sampler | None = None
     running_weight: float | None = None
+    rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
+    use_bias: InitVar[None] = field(default=None, kw_only=True)
+    use_scale: InitVar[None] = field(default=None, kw_only=True)
+
+    def __post_init__(self, use_bias: None = None, use_scale: None = None) -> None:
+        refuse_options(use_bias=use_bias, use_scale=use_scale)
+        self.activation = fused(self.activation)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -146,33 +156,27 @@ class ConvNorm(nn.Module):
         Returns:
           ``(N, *spatial, features)``.
         """
-        geometry: dict[str, Any] = {
-            "strides": self.strides,
-            "padding": self.padding,
-            "input_dilation": self.input_dilation,
-            "kernel_dilation": self.kernel_dilation,
-            "feature_group_count": self.feature_group_count,
-            "precision": self.precision,
-        }
-        convolve = self.conv_general_dilated or lax.conv_general_dilated
-        if self.conv_general_dilated_cls is not None:
-            convolve = self.conv_general_dilated_cls()
         conv = nn.Conv(
             self.features,
             self.kernel_size,
-            **geometry,
+            self.strides,
+            self.padding,
+            self.input_dilation,
+            self.kernel_dilation,
+            self.feature_group_count,
             use_bias=has_bias(self, "conv"),
             mask=self.mask,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            precision=self.precision,
             kernel_init=self.kernel_init,
-            conv_general_dilated=convolve,
+            conv_general_dilated=self.conv_general_dilated,
+            conv_general_dilated_cls=self.conv_general_dilated_cls,
             name="conv",
         )
         window = self.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
         kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)
-        fold = functools.partial(conv_norm, conv_general_dilated=convolve, **geometry)
         return linear_norm(
-            self, conv, kernel_shape, fold, x, residual, use_running_average, mask
+            self, conv, kernel_shape, x, residual, use_running_average, mask
         )

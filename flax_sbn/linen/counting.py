@@ -1,11 +1,16 @@
 """Batch norm that counts its training steps, for what changes with them."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
+
+# Not wrapped a second time; see BatchNorm.
+_batch_norm_call = inspect.unwrap(BatchNorm.__call__)
 
 
 class CountingBatchNorm(BatchNorm):
@@ -21,13 +26,17 @@ class CountingBatchNorm(BatchNorm):
     ) -> jax.Array:
         """Normalizes ``x``; see :class:`BatchNorm`."""
         self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
-        return super().__call__(x, use_running_average, mask=mask)
+        return _batch_norm_call(self, x, use_running_average, mask=mask)
 
-    def num_steps(self) -> jax.Array:
+    @nn.nowrap
+    def _num_steps(self) -> jax.Array:
         """Returns the number of training steps so far."""
-        return self.get_variable("batch_stats", "step", jnp.zeros((), jnp.int32))
+        assert self.scope is not None
+        scope = self.scope.rewound()  # `__call__` asks for it, too
+        return scope.variable("batch_stats", "step", jnp.zeros, (), jnp.int32).value
 
-    def keep(self, running: Statistics) -> None:
+    @nn.nowrap
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step, and counts this one."""
-        super().keep(running)
-        self.put_variable("batch_stats", "step", self.num_steps() + 1)
+        super()._keep(running)
+        self.put_variable("batch_stats", "step", self._num_steps() + 1)

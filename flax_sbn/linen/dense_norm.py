@@ -1,18 +1,17 @@
 """flax.linen.Dense with a batch norm folded into it."""
 
-import functools
 from collections.abc import Callable
+from dataclasses import InitVar, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.linear import default_kernel_init
-from jax import lax
 from jax.typing import DTypeLike
 
-from flax_sbn.activation import Activation
-from flax_sbn.folding import dense_norm
+from flax_sbn.activation import Activation, fused
+from flax_sbn.folding import refuse_options
 from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.linen.linear_norm import has_bias, linear_norm
 from flax_sbn.sampling import Sampler
@@ -34,8 +33,9 @@ class DenseNorm(nn.Module):
         :class:`flax.linen.BatchNorm`.
       momentum: decay rate of the running statistics.
       epsilon: added to the variance.
-      use_bias: whether the norm has a bias.
-      use_scale: whether the norm has a scale.
+      norm_bias: whether the norm has a bias. The dense layer has none, and its
+        ``use_bias`` is refused, as is ``use_scale``.
+      norm_scale: whether the norm has a scale.
       bias_init: initializer of the norm's bias.
       scale_init: initializer of the norm's scale.
       axis_name: devices that pool their statistics.
@@ -53,14 +53,15 @@ class DenseNorm(nn.Module):
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
         what is the default of ``norm_cls``.
+      rng_collection: name of the rng stream that positions are drawn from.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       activation: applied last, or None; see :class:`ConvNorm`.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,8 +85,8 @@ class DenseNorm(nn.Module):
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
-    use_bias: bool = True
-    use_scale: bool = True
+    norm_bias: bool = True
+    norm_scale: bool = True
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
     scale_init: nn.initializers.Initializer = nn.initializers.ones
     axis_name: str | None = None
@@ -100,8 +101,16 @@ class DenseNorm(nn.Module):
     dot_general_cls: Any = None
     sampler: Sampler | None = None
     running_weight: float | None = None
+    rng_collection: str = "sampling"
     norm_cls: Callable[..., BatchNorm] = BatchNorm
     activation: Activation | None = None
+    use_bias: InitVar[None] = field(default=None, kw_only=True)
+    use_scale: InitVar[None] = field(default=None, kw_only=True)
+
+    def __post_init__(self, use_bias: None = None, use_scale: None = None) -> None:
+        refuse_options(use_bias=use_bias, use_scale=use_scale)
+        self.activation = fused(self.activation)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -123,9 +132,6 @@ class DenseNorm(nn.Module):
         Returns:
           ``(N, *spatial, features)``.
         """
-        product = self.dot_general or lax.dot_general
-        if self.dot_general_cls is not None:
-            product = self.dot_general_cls()
         dense = nn.Dense(
             self.features,
             use_bias=has_bias(self, "dense"),
@@ -133,13 +139,11 @@ class DenseNorm(nn.Module):
             param_dtype=self.param_dtype,
             precision=self.precision,
             kernel_init=self.kernel_init,
-            dot_general=product,
+            dot_general=self.dot_general,
+            dot_general_cls=self.dot_general_cls,
             name="dense",
         )
         kernel_shape = (x.shape[-1], self.features)
-        fold = functools.partial(
-            dense_norm, precision=self.precision, dot_general=product
-        )
         return linear_norm(
-            self, dense, kernel_shape, fold, x, residual, use_running_average, mask
+            self, dense, kernel_shape, x, residual, use_running_average, mask
         )

@@ -1,5 +1,7 @@
 """Diminishing batch norm, as a linen layer."""
 
+from flax import linen as nn
+
 from flax_sbn.alternatives.diminishing import (
     diminished,
     one_over_steps,
@@ -55,14 +57,18 @@ class DiminishingBatchNorm(CountingBatchNorm):
 
     weight: Schedule = one_over_steps
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    @nn.nowrap
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
-        weight = value_at(self.weight, self.num_steps())
+        weight = value_at(self.weight, self._num_steps())
         return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    @nn.nowrap
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
-        weight = value_at(self.weight, self.num_steps())
+        weight = value_at(self.weight, self._num_steps())
         return update_diminished(
             running, statistics, weight=weight, epsilon=self.epsilon
         )

@@ -44,6 +44,7 @@ class IC(nn.Module):
       sampler: see :class:`BatchNorm`, as for the rest.
       running_weight: see there.
       ghost_groups: see there.
+      rng_collection: see there.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
@@ -81,6 +82,7 @@ class IC(nn.Module):
     sampler: Sampler | None = None
     running_weight: float = 0.0
     ghost_groups: int = 1
+    rng_collection: str = "sampling"
 
     @nn.compact
     def __call__(
@@ -126,6 +128,7 @@ class IC(nn.Module):
             sampler=self.sampler,
             running_weight=self.running_weight,
             ghost_groups=self.ghost_groups,
+            rng_collection=self.rng_collection,
             name="norm",
         )(x, mask=mask)
         # Nothing is drawn in `init`, so that it needs no stream but 'params'.

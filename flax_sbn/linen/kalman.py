@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
 from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.keys import draw_key
 from flax_sbn.statistics import Statistics
 
 
@@ -36,8 +37,8 @@ class KalmanNorm(nn.Module):
 
     The two layers keep all their names and options. Their variables are those of a
     network that calls one after the other, so that checkpoints load either way. The
-    synthetic row is drawn from the rng stream ``'sampling'``; nothing is drawn at
-    evaluation and in ``init``.
+    synthetic row is drawn from the rng stream of ``norm``, ``'sampling'``; nothing is
+    drawn at evaluation and in ``init``.
 
     Attributes:
       linear: a convolution or dense layer, without a bias.
@@ -54,7 +55,7 @@ class KalmanNorm(nn.Module):
       TypeError: as :class:`flax_sbn.linen.BatchNorm`.
       ValueError: as there, and if the statistics are of another width than ``x``,
         ``prior_weight`` is out of range, there are too few synthetic rows, ``norm`` has
-        ghost groups, or the rng stream ``'sampling'`` is missing.
+        ghost groups, or the rng stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -92,7 +93,7 @@ class KalmanNorm(nn.Module):
     norm: BatchNorm
     prior_weight: float = 0.9
     num_virtual: int = 1
-    input_activation: Activation | None = nn.relu
+    input_activation: Activation | None = relu
 
     def __call__(
         self,
@@ -122,7 +123,7 @@ class KalmanNorm(nn.Module):
         features = y.shape[-1:]
         if evaluate or self.is_initializing():
             y = norm(y, use_running_average, mask=mask)
-            return y, norm.running(features)
+            return y, norm._running(features)
 
         if norm.ghost_groups != 1:
             raise ValueError(
@@ -131,14 +132,8 @@ class KalmanNorm(nn.Module):
             )
         prior = None
         if statistics is not None:
-            if not self.has_rng("sampling"):
-                raise ValueError(
-                    "Expected an rng stream 'sampling' for synthetic rows, got none in "
-                    f"layer {'/'.join(self.path) or type(self).__name__}. Pass "
-                    "rngs={'sampling': key} to apply, a fresh key each step."
-                )
             prior = kalman_prior(
-                self.make_rng("sampling"),
+                draw_key(self, norm.rng_collection, "synthetic rows"),
                 statistics,
                 self.linear,
                 (self.num_virtual, *x.shape[1:]),
@@ -153,5 +148,5 @@ class KalmanNorm(nn.Module):
             )
             return result, result[1]  # returned, and averaged
 
-        result: Any = norm.measured(mixed, features, mask)
+        result: Any = norm._measured(mixed, features, mask)
         return result

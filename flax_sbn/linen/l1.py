@@ -1,6 +1,7 @@
 """L1-norm batch norm as a linen layer."""
 
 import jax
+from flax import linen as nn
 
 from flax_sbn.alternatives.l1 import l1_moments
 from flax_sbn.linen.batch_norm import BatchNorm
@@ -39,7 +40,8 @@ class L1BatchNorm(BatchNorm):
 
     averages_deviations = True
 
-    def measure(
+    @nn.nowrap
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],

@@ -1,6 +1,5 @@
 """What the folded linen layers share: a linear layer and a norm that folds into it."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +7,7 @@ from flax import linen as nn
 
 from flax_sbn.activation import add_and_activate
 from flax_sbn.convolution import masked_kernel
+from flax_sbn.folding import fold_like
 from flax_sbn.statistics import Statistics
 
 
@@ -33,7 +33,6 @@ def linear_norm(
     layer: Any,
     linear: nn.Conv | nn.Dense,
     kernel_shape: tuple[int, ...],
-    fold: Callable[..., tuple[jax.Array, Statistics]],
     x: jax.Array,
     residual: jax.Array | None,
     use_running_average: bool | None,
@@ -45,7 +44,6 @@ def linear_norm(
       layer: :class:`ConvNorm` or :class:`DenseNorm`, in its ``__call__``.
       linear: its linear layer.
       kernel_shape: shape of the kernel of ``linear``.
-      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options.
       x: input.
       residual: see there, as for the rest.
       use_running_average: see there.
@@ -71,8 +69,8 @@ def linear_norm(
         epsilon=layer.epsilon,
         dtype=layer.dtype,
         param_dtype=layer.param_dtype,
-        use_bias=layer.use_bias,
-        use_scale=layer.use_scale,
+        use_bias=layer.norm_bias,
+        use_scale=layer.norm_scale,
         bias_init=layer.bias_init,
         scale_init=layer.scale_init,
         axis_name=layer.axis_name,
@@ -80,10 +78,11 @@ def linear_norm(
         use_fast_variance=layer.use_fast_variance,
         force_float32_reductions=layer.force_float32_reductions,
         sampler=layer.sampler,
+        rng_collection=layer.rng_collection,
         name="norm",
         **own,
     )
-    if layer.is_initializing() or not (evaluate or norm.folds()):
+    if layer.is_initializing() or not (evaluate or norm._folds()):
         y = norm(linear(x), mask=mask)
         return add_and_activate(y, residual, layer.activation)
 
@@ -94,7 +93,7 @@ def linear_norm(
     kernel = masked_kernel(kernel, getattr(linear, "mask", None))
 
     def folded(scale: Any, bias: Any, **options: Any) -> tuple[jax.Array, Statistics]:
-        return fold(
+        return fold_like(linear)(
             x,
             kernel,
             scale,
@@ -106,10 +105,10 @@ def linear_norm(
 
     features = kernel_shape[-1:]
     if not evaluate:
-        return norm.measured(folded, features, mask)
+        return norm._measured(folded, features, mask)
     y, _ = folded(
-        *norm.affine(features),
-        statistics=norm.running(features),
+        *norm._affine(features),
+        statistics=norm._running(features),
         epsilon=layer.epsilon,
         dtype=layer.dtype,
     )

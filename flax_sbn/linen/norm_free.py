@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.norm_free import norm_free_residual
-from flax_sbn.alternatives.weight_standardization import Activation, scaled
+from flax_sbn.alternatives.weight_standardization import scaled
 from flax_sbn.linen.weight_standardization import WSConv
 
 
@@ -61,7 +62,7 @@ class NormFreeBlock(nn.Module):
     strides: int | Sequence[int] = 1
     beta: float = 1.0
     alpha: float = 0.2
-    activation: Activation = jax.nn.relu
+    activation: Activation = relu
     conv: Callable[..., nn.Module] = WSConv
     skip_gain_init: nn.initializers.Initializer = nn.initializers.zeros
 

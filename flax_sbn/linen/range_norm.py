@@ -1,6 +1,7 @@
 """Range batch norm as a linen layer."""
 
 import jax
+from flax import linen as nn
 
 from flax_sbn.alternatives.range_norm import range_moments
 from flax_sbn.linen.batch_norm import BatchNorm
@@ -49,7 +50,8 @@ class RangeBatchNorm(BatchNorm):
 
     averages_deviations = True
 
-    def measure(
+    @nn.nowrap
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],

@@ -36,6 +36,7 @@ class _Options:
     only: switching.Only | None
     norm_types: tuple[type, ...]
     fuse_relu: bool
+    rng_collection: str
 
 
 def sample_norms(
@@ -46,6 +47,7 @@ def sample_norms(
     only: switching.Only | None = None,
     norm_types: tuple[type, ...] = (),
     fuse_relu: bool = True,
+    rng_collection: str = "sampling",
 ) -> M:
     """Returns a model whose batch norms measure a sample, with nothing else changed.
 
@@ -57,7 +59,7 @@ def sample_norms(
     evaluation are the model's own, to the bit. Variables, calls, class name and
     checkpoints are the same: the given model is this one's plain form.
 
-    Samplers that draw need the rng stream ``'sampling'``, as in ``BatchNorm``.
+    Samplers that draw take an rng stream, as in :class:`flax_sbn.linen.BatchNorm`.
 
     Args:
       model: a module that is not bound to variables.
@@ -71,6 +73,7 @@ def sample_norms(
       fuse_relu: whether :func:`jax.nn.relu` is differentiated as
         :func:`flax_sbn.relu` is, which stays fused, while the model runs. The
         gradients are the same.
+      rng_collection: see :class:`flax_sbn.linen.BatchNorm`.
 
     Returns:
       A model of a class derived from the model's own.
@@ -103,8 +106,12 @@ def sample_norms(
             f"Expected a model of its own, got a {type(model).__name__} that is bound "
             "to variables or part of another module. Switch the outermost module."
         )
-    options = _Options(sampler, fold, only, tuple(norm_types), fuse_relu)
-    return _switched(type(model), options)(**_given(model))
+    options = _Options(
+        sampler, fold, only, tuple(norm_types), fuse_relu, rng_collection
+    )
+    cls: Any = type(model)
+    switched: M = _switched(cls, options)(**_given(model))
+    return switched
 
 
 def switch_report(
@@ -163,7 +170,7 @@ def _given(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _rebuild(cls: type[M], fields: dict[str, Any], options: _Options) -> M:
+def _rebuild(cls: Any, fields: dict[str, Any], options: _Options) -> Any:
     return _switched(cls, options)(**fields)
 
 
@@ -189,7 +196,7 @@ def _switched_calls(options: _Options) -> "Iterator[_Interceptor]":
 
 
 @functools.cache
-def _switched(cls: type[Any], options: _Options) -> type[Any]:
+def _switched(cls: Any, options: _Options) -> Any:
     """Returns a class whose calls are intercepted; the same for the same arguments."""
 
     # The one place that all calls of methods come through, by whatever name.
@@ -285,7 +292,12 @@ class _Interceptor:
             name: getattr(module, name) for name in _FIELDS if hasattr(module, name)
         }
         sampler = options.sampler
-        ours = BatchNorm(**fields, sampler=sampler, parent=module.scope)
+        ours = BatchNorm(
+            **fields,
+            sampler=sampler,
+            rng_collection=options.rng_collection,
+            parent=module.scope,
+        )
         axes = reduction_axes(x.ndim, ours.axis)
         if switching.unfit(sampler, x, ours.axis):
             switching.note(path, "plain", reason="no spatial axes to sample from")
@@ -300,7 +312,7 @@ class _Interceptor:
         else:
             switching.note(path, "folded", layer=product.path)
             norm = product.norm()
-        return ours.measured(norm, features, mask)
+        return ours._measured(norm, features, mask)
 
 
 _active: contextvars.ContextVar[_Interceptor | None] = contextvars.ContextVar(

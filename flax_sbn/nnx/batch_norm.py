@@ -9,6 +9,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.nnx import parameters
+from flax_sbn.nnx.keys import draw_key, fork_stream
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import (
@@ -24,9 +25,9 @@ from flax_sbn.statistics import (
 class BatchNorm(nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
-    :class:`flax.nnx.BatchNorm` with three more arguments, ``sampler``,
-    ``running_weight`` and ``ghost_groups``; see there for the others. In training, with
-    :math:`S` the positions that the sampler chooses:
+    :class:`flax.nnx.BatchNorm` with four more arguments, ``sampler``,
+    ``running_weight``, ``ghost_groups`` and ``rng_collection``; see there for the
+    others. In training, with :math:`S` the positions that the sampler chooses:
 
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
@@ -49,14 +50,17 @@ class BatchNorm(nnx.BatchNorm):
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of rows that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
-      rngs: keys for the parameters and, for samplers that draw, the stream
-        ``'sampling'`` (or a default stream).
+      rng_collection: name of the rng stream.
+      rngs: keys for the parameters and, for samplers that draw, that stream (or a
+        default stream). A layer that was made without a sampler that draws has no
+        stream: to give it such a sampler set its attribute ``rngs`` as well, as in
+        ``layer.set_attributes(sampler=sampler, rngs=nnx.Rngs(0))``.
       **options: those of :class:`flax.nnx.BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
-        is out of range, or the rng stream ``'sampling'`` is missing and needed.
+        is out of range, or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -80,21 +84,18 @@ class BatchNorm(nnx.BatchNorm):
         sampler: Sampler | None = None,
         running_weight: float = 0.0,
         ghost_groups: int = 1,
+        rng_collection: str = "sampling",
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.sampler, self.running_weight = sampler, running_weight
-        self.ghost_groups = ghost_groups
-        self.rngs: nnx.RngStream | None = nnx.data(None)
-        if needs_key(sampler):
-            if "sampling" not in rngs and "default" not in rngs:
-                raise ValueError(
-                    f"Expected an rng stream 'sampling' for {sampler}, got streams "
-                    f"{sorted(rngs)}. Use nnx.Rngs(params=0, sampling=1), or "
-                    "nnx.Rngs(0) for every stream."
-                )
-            self.rngs = rngs["sampling"].fork()
+        self.ghost_groups, self.rng_collection = ghost_groups, rng_collection
+        self.rngs: nnx.Rngs | nnx.RngStream | None = nnx.data(
+            fork_stream(rngs, rng_collection, str(sampler))
+            if needs_key(sampler)
+            else None
+        )
 
     def __call__(
         self,
@@ -118,14 +119,14 @@ class BatchNorm(nnx.BatchNorm):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
-        running = self.running()
-        if self.as_flax() or evaluate or evaluate is None:
+        running = self._running()
+        if self._as_flax() or evaluate or evaluate is None:
             y = super().__call__(x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
-                self.keep(keep_unmeasured(self.running(), running))
+                self._keep(keep_unmeasured(self._running(), running))
             return y
 
-        scale, bias = self.affine()
+        scale, bias = self._affine()
         x, _, _, scale, bias = self.promote_dtype(
             (x, *running, scale, bias), dtype=self.dtype
         )
@@ -137,9 +138,9 @@ class BatchNorm(nnx.BatchNorm):
             num_groups=self.ghost_groups,
             axis=self.axis,
         )
-        return self.measured(norm, mask)
+        return self._measured(norm, mask)
 
-    def measured(
+    def _measured(
         self,
         norm: Callable[..., tuple[jax.Array, Statistics]],
         mask: jax.Array | None = None,
@@ -153,20 +154,23 @@ class BatchNorm(nnx.BatchNorm):
         Returns:
           The first result of ``norm``.
         """
-        running = self.running()
+        running = self._running()
+        key = None
+        if needs_key(self.sampler):
+            key = draw_key(self.rngs, self.rng_collection, str(self.sampler))
         y, statistics = norm(
             sampler=self.sampler,
-            key=None if self.rngs is None else self.rngs(),
+            key=key,
             mask=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             running=running,
-            measure=self.measure,
-            correct=self.correct,
+            measure=self._measure,
+            correct=self._correct,
             epsilon=self.epsilon,
             dtype=self.dtype,
         )
-        self.keep(self.update(running, statistics))
+        self._keep(self._update(running, statistics))
         return y
 
     # What methods that measure or correct otherwise have of their own.
@@ -174,7 +178,7 @@ class BatchNorm(nnx.BatchNorm):
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],
@@ -184,7 +188,9 @@ class BatchNorm(nnx.BatchNorm):
         """Returns the moments of measured values."""
         return mean_and_var(x, axes, where, one_pass)
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,
@@ -193,36 +199,36 @@ class BatchNorm(nnx.BatchNorm):
             epsilon=self.epsilon,
         )
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         epsilon = self.epsilon if self.averages_deviations else None
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
-    def folds(self) -> bool:
+    def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         return self.sampler is not None and self.ghost_groups == 1
 
-    def as_flax(self) -> bool:
+    def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""
         own = type(self)
         return (
             self.sampler is None
             and self.running_weight == 0
             and self.ghost_groups == 1
-            and own.measure is BatchNorm.measure
-            and own.correct is BatchNorm.correct
-            and own.update is BatchNorm.update
+            and own._measure is BatchNorm._measure
+            and own._correct is BatchNorm._correct
+            and own._update is BatchNorm._update
             and not self.averages_deviations
         )
 
-    def affine(self) -> tuple[jax.Array | None, ...]:
+    def _affine(self) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""
         return parameters.values(self.scale, self.bias)
 
-    def running(self) -> Statistics:
+    def _running(self) -> Statistics:
         """Returns the running statistics."""
         return Statistics(self.mean[...], self.var[...])
 
-    def keep(self, running: Statistics) -> None:
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step."""
         self.mean[...], self.var[...] = running

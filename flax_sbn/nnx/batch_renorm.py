@@ -74,7 +74,9 @@ class BatchRenorm(CountingBatchNorm):
 
     averages_deviations = True
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         return renormalize(
             statistics,

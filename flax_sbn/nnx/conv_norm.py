@@ -1,15 +1,13 @@
 """flax.nnx.Conv with a batch norm folded into it."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, fused
 from flax_sbn.convolution import Extents
-from flax_sbn.folding import conv_norm
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import linear_norm, split_options
 from flax_sbn.sampling import Sampler
@@ -41,14 +39,17 @@ class ConvNorm(nnx.Module):
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
-        ``'sampling'`` (or a default stream).
+        ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Conv`, without a bias, and of
-        :class:`flax.nnx.BatchNorm`; but no ``axis`` and no ``promote_dtype``.
+        :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
+        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`. Whether the
+        norm has a bias and a scale is ``norm_bias`` and ``norm_scale``: ``use_bias``
+        and ``use_scale`` are refused.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -88,13 +89,13 @@ class ConvNorm(nnx.Module):
             out_features,
             kernel_size,
             strides,
-            **{**conv, "use_bias": False},
+            **conv,
             rngs=rngs,
         )
         self.norm: BatchNorm | None = nnx.data(
             norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
-        self.activation = activation
+        self.activation = fused(activation)
 
     def __call__(
         self,
@@ -116,26 +117,9 @@ class ConvNorm(nnx.Module):
         Returns:
           ``(N, *spatial, C)``.
         """
-        conv = self.conv
-        convolve = conv.conv_general_dilated
-        if conv.preferred_element_type is not None:
-            convolve = functools.partial(
-                convolve, preferred_element_type=conv.preferred_element_type
-            )
-        fold = functools.partial(
-            conv_norm,
-            strides=conv.strides,
-            padding=conv.padding,
-            input_dilation=conv.input_dilation,
-            kernel_dilation=conv.kernel_dilation,
-            feature_group_count=conv.feature_group_count,
-            precision=conv.precision,
-            conv_general_dilated=convolve,
-        )
         return linear_norm(
-            conv,
+            self.conv,
             self.norm,
-            fold,
             x,
             residual,
             self.activation,

@@ -16,7 +16,7 @@ class CountingBatchNorm(BatchNorm):
         super().__init__(num_features, rngs=rngs, **options)
         self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
 
-    def keep(self, running: Statistics) -> None:
+    def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step, and counts this one."""
-        super().keep(running)
+        super()._keep(running)
         self.step[...] += 1

@@ -1,14 +1,12 @@
 """flax.nnx.Linear with a batch norm folded into it."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
-from flax_sbn.folding import dense_norm
+from flax_sbn.activation import Activation, fused
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import linear_norm, split_options
 from flax_sbn.sampling import Sampler
@@ -33,14 +31,17 @@ class DenseNorm(nnx.Module):
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
-        ``'sampling'`` (or a default stream).
+        ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Linear`, without a bias, and of
-        :class:`flax.nnx.BatchNorm`; but no ``axis`` and no ``promote_dtype``.
+        :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
+        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`. Whether the
+        norm has a bias and a scale is ``norm_bias`` and ``norm_scale``: ``use_bias``
+        and ``use_scale`` are refused.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or an option is refused.
       ValueError: if the sampler does not fit the output, a residual has another shape,
-        or the rng stream ``'sampling'`` is missing and needed.
+        or the rng stream is missing and needed.
 
     Example:
       >>> import jax
@@ -68,13 +69,11 @@ class DenseNorm(nnx.Module):
         **options: Any,
     ) -> None:
         dense, norm = split_options(options)
-        self.dense = nnx.Linear(
-            in_features, out_features, **{**dense, "use_bias": False}, rngs=rngs
-        )
+        self.dense = nnx.Linear(in_features, out_features, **dense, rngs=rngs)
         self.norm: BatchNorm | None = nnx.data(
             norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
         )
-        self.activation = activation
+        self.activation = fused(activation)
 
     def __call__(
         self,
@@ -96,18 +95,9 @@ class DenseNorm(nnx.Module):
         Returns:
           ``(N, *spatial, C)``.
         """
-        dense = self.dense
-        product = dense.dot_general
-        if dense.preferred_element_type is not None:
-            product = functools.partial(
-                product, preferred_element_type=dense.preferred_element_type
-            )
         return linear_norm(
-            dense,
+            self.dense,
             self.norm,
-            functools.partial(
-                dense_norm, precision=dense.precision, dot_general=product
-            ),
             x,
             residual,
             self.activation,

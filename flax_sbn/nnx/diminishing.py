@@ -68,12 +68,14 @@ class DiminishingBatchNorm(CountingBatchNorm):
         super().__init__(num_features, rngs=rngs, **options)
         self.weight = weight
 
-    def correct(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+    def _correct(
+        self, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
         """Returns what to normalize with, given what was measured."""
         weight = value_at(self.weight, self.step[...])
         return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
 
-    def update(self, running: Statistics, statistics: Statistics) -> Statistics:
+    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
         """Returns the running statistics after a step."""
         weight = value_at(self.weight, self.step[...])
         return update_diminished(

@@ -55,8 +55,8 @@ def fold_model(model: M) -> M:
         linear = layer.conv if isinstance(layer, ConvNorm) else layer.dense
         kernel, bias = fold(
             linear.kernel[...],
-            layer.norm.running(),
-            *layer.norm.affine(),
+            layer.norm._running(),
+            *layer.norm._affine(),
             epsilon=layer.norm.epsilon,
         )
         linear.kernel = nnx.Param(kernel)

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.activation import Activation
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
 from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.statistics import Statistics
 
 
@@ -33,8 +34,8 @@ class KalmanNorm(nnx.Module):
     :func:`flax_sbn.alternatives.kalman_update` for where the prediction is left out.
 
     The two layers are the attributes ``linear`` and ``norm``. The synthetic row is
-    drawn from the rng stream ``'sampling'``, forked from ``rngs`` when the layer is
-    made; nothing is drawn at evaluation.
+    drawn from the rng stream of ``norm``, ``'sampling'``, forked from ``rngs`` when the
+    layer is made; nothing is drawn at evaluation.
 
     Args:
       linear: a convolution or dense layer, without a bias.
@@ -46,13 +47,13 @@ class KalmanNorm(nnx.Module):
         layer needs many.
       input_activation: what lies between the layer before and this one, as the
         synthetic rows have to pass it, too; None for nothing. ``x`` has passed it.
-      rngs: keys of the stream ``'sampling'`` (or a default stream).
+      rngs: keys of that stream (or a default stream).
 
     Raises:
       TypeError: as :class:`flax_sbn.nnx.BatchNorm`.
       ValueError: as there, and if the statistics are of another width than ``x``,
         ``prior_weight`` is out of range, there are too few synthetic rows, ``norm`` has
-        ghost groups, or the rng stream ``'sampling'`` is missing.
+        ghost groups, or the rng stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -83,19 +84,13 @@ class KalmanNorm(nnx.Module):
         *,
         prior_weight: float = 0.9,
         num_virtual: int = 1,
-        input_activation: Activation | None = nnx.relu,
+        input_activation: Activation | None = relu,
         rngs: nnx.Rngs,
     ) -> None:
-        if "sampling" not in rngs and "default" not in rngs:
-            raise ValueError(
-                "Expected an rng stream 'sampling' for synthetic rows, got streams "
-                f"{sorted(rngs)}. Use nnx.Rngs(params=0, sampling=1), or nnx.Rngs(0) "
-                "for every stream."
-            )
         self.linear, self.norm = linear, norm
         self.prior_weight, self.num_virtual = prior_weight, num_virtual
         self.input_activation = input_activation
-        self.rngs = rngs["sampling"].fork()
+        self.rngs = fork_stream(rngs, norm.rng_collection, "synthetic rows")
 
     def __call__(
         self,
@@ -125,7 +120,7 @@ class KalmanNorm(nnx.Module):
         y = self.linear(x)
         if evaluate or evaluate is None:
             y = norm(y, use_running_average, mask=mask)
-            return y, norm.running()
+            return y, norm._running()
 
         if norm.ghost_groups != 1:
             raise ValueError(
@@ -147,12 +142,12 @@ class KalmanNorm(nnx.Module):
         def mixed(**options: Any) -> Any:
             result = kalman_norm(
                 y,
-                *norm.affine(),
+                *norm._affine(),
                 prior=prior,
                 prior_weight=self.prior_weight,
                 **options,
             )
             return result, result[1]  # returned, and averaged
 
-        result: Any = norm.measured(mixed, mask)
+        result: Any = norm._measured(mixed, mask)
         return result

@@ -38,7 +38,7 @@ class L1BatchNorm(BatchNorm):
 
     averages_deviations = True
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],

@@ -1,7 +1,6 @@
 """What the folded nnx layers share: a linear layer and a norm that folds into it."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,41 +8,56 @@ from flax import nnx
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
+from flax_sbn.folding import fold_like, refuse_options
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
-_NORM_OPTIONS = (
-    set(inspect.signature(nnx.BatchNorm.__init__).parameters) | {"running_weight"}
+_SAME_NAME = (
+    set(inspect.signature(nnx.BatchNorm.__init__).parameters)
+    | {"running_weight", "rng_collection"}
 ) - {
     "self",
     "num_features",
     "axis",
     "promote_dtype",
     "rngs",
+    "use_bias",
+    "use_scale",
+}
+# By the folded layer's name, the norm's.
+_NORM_OPTIONS = {name: name for name in _SAME_NAME} | {
+    "norm_bias": "use_bias",
+    "norm_scale": "use_scale",
 }
 
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the options of the linear layer and those of the norm."""
+    refuse_options(use_bias=options.get("use_bias"), use_scale=options.get("use_scale"))
     for name in ("axis", "promote_dtype"):
         if name in options:
             raise TypeError(
                 f"Expected options of a layer that folds, got {name}. Features are "
                 "last, and the fold decides where it rounds; take Conv and BatchNorm."
             )
-    norm = {name: options[name] for name in options if name in _NORM_OPTIONS}
+    norm = {
+        _NORM_OPTIONS[name]: value
+        for name, value in options.items()
+        if name in _NORM_OPTIONS
+    }
     shared = ("dtype", "param_dtype")
     linear = {
-        name: options[name] for name in options if name in shared or name not in norm
+        name: value
+        for name, value in options.items()
+        if name in shared or name not in _NORM_OPTIONS
     }
-    return linear, norm
+    return {**linear, "use_bias": False}, norm
 
 
 def linear_norm(
     linear: nnx.Conv | nnx.Linear,
     norm: BatchNorm | None,
-    fold: Callable[..., tuple[jax.Array, Statistics]],
     x: jax.Array,
     residual: jax.Array | None,
     activation: Activation | None,
@@ -55,7 +69,6 @@ def linear_norm(
     Args:
       linear: :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`.
       norm: what follows it; None where it is folded into ``linear`` for good.
-      fold: :func:`conv_norm` or :func:`dense_norm` with the options of ``linear``.
       x: input.
       residual: see :class:`ConvNorm`, as for the rest.
       activation: see there.
@@ -72,7 +85,7 @@ def linear_norm(
             "Expected use_running_average in the constructor or the call, got None in "
             "both. Use model.train() and model.eval(), or pass it."
         )
-    if not (evaluate or norm.folds()):
+    if not (evaluate or norm._folds()):
         y = norm(linear(x), use_running_average, mask=mask)
         return add_and_activate(y, residual, activation)
 
@@ -80,16 +93,16 @@ def linear_norm(
     kernel = masked_kernel(kernel, getattr(linear, "mask", None))
 
     def folded(**options: Any) -> tuple[jax.Array, Statistics]:
-        return fold(
+        return fold_like(linear)(
             x,
             kernel,
-            *norm.affine(),
+            *norm._affine(),
             residual=residual,
             activation=activation,
             **options,
         )
 
     if not evaluate:
-        return norm.measured(folded, mask)
-    y, _ = folded(statistics=norm.running(), epsilon=norm.epsilon, dtype=norm.dtype)
+        return norm._measured(folded, mask)
+    y, _ = folded(statistics=norm._running(), epsilon=norm.epsilon, dtype=norm.dtype)
     return y

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.norm_free import norm_free_residual
-from flax_sbn.alternatives.weight_standardization import Activation, scaled
+from flax_sbn.alternatives.weight_standardization import scaled
 from flax_sbn.nnx.weight_standardization import WSConv
 
 
@@ -70,7 +71,7 @@ class NormFreeBlock(nnx.Module):
         strides: int | Sequence[int] = 1,
         beta: float = 1.0,
         alpha: float = 0.2,
-        activation: Activation = jax.nn.relu,
+        activation: Activation = relu,
         conv: Callable[..., nnx.Module] = WSConv,
         skip_gain_init: nnx.Initializer = nnx.initializers.zeros,
         rngs: nnx.Rngs,
@@ -85,16 +86,17 @@ class NormFreeBlock(nnx.Module):
             else None
         )
         self.skip_gain = nnx.Param(skip_gain_init(rngs.params(), (), jnp.float32))
-        self.activation, self.beta, self.alpha = scaled(activation), beta, alpha
+        self.activation, self.beta, self.alpha = activation, beta, alpha
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the block to ``(N, *spatial, I)``."""
+        activation = scaled(self.activation)
         return norm_free_residual(
             x,
-            lambda z: self.conv2(self.activation(self.conv1(z))),
+            lambda z: self.conv2(activation(self.conv1(z))),
             self.shortcut,
             skip_gain=self.skip_gain[...],
-            activation=self.activation,
+            activation=activation,
             beta=self.beta,
             alpha=self.alpha,
         )

@@ -61,7 +61,7 @@ class RangeBatchNorm(BatchNorm):
 
     averages_deviations = True
 
-    def measure(
+    def _measure(
         self,
         x: jax.Array,
         axes: tuple[int, ...],

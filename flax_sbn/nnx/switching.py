@@ -11,12 +11,21 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax_sbn import switching
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.sampling import Sampler, needs_key
 
 M = TypeVar("M", bound=nnx.Module)
 
 # Attributes that a switched norm has, and flax's has not.
-_OURS = ("sampler", "running_weight", "ghost_groups", "rngs", "fold", "path")
+_OURS = (
+    "sampler",
+    "running_weight",
+    "ghost_groups",
+    "rng_collection",
+    "rngs",
+    "fold",
+    "path",
+)
 
 
 def sample_norms(
@@ -26,6 +35,7 @@ def sample_norms(
     rngs: nnx.Rngs | None = None,
     fold: bool = True,
     only: switching.Only | None = None,
+    rng_collection: str = "sampling",
 ) -> M:
     """Makes the batch norms of a model measure a sample, in place.
 
@@ -46,10 +56,11 @@ def sample_norms(
     Args:
       model: the model.
       sampler: which positions are measured; None for :class:`LatticeSampling`.
-      rngs: for samplers that draw, the stream ``'sampling'`` or a default stream.
+      rngs: keys for samplers that draw.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm. Classes with a call of their own are left alone.
+      rng_collection: see :class:`flax_sbn.nnx.BatchNorm`.
 
     Returns:
       The same model.
@@ -74,10 +85,12 @@ def sample_norms(
       ('folded', 'layers/0')
     """
     sampler = LatticeSampling() if sampler is None else sampler
-    if needs_key(sampler) and rngs is None:
+    draws = needs_key(sampler)
+    if draws and rngs is None:
         raise ValueError(
             f"Expected rngs for {sampler}, got {rngs=}. Pass rngs=nnx.Rngs(0)."
         )
+    streams = rngs or nnx.Rngs()
     norms = [
         (path, norm)
         for path, norm in _modules(model)
@@ -90,9 +103,10 @@ def sample_norms(
         _change_class(norm, _Norm)
         norm.sampler, norm.running_weight, norm.ghost_groups = sampler, 0.0, 1
         norm.fold, norm.path = fold, path
-        norm.rngs = nnx.data(None)
-        if rngs is not None and needs_key(sampler):
-            norm.rngs = rngs["sampling"].fork()
+        norm.rng_collection = rng_collection
+        norm.rngs = nnx.data(
+            fork_stream(streams, rng_collection, str(sampler)) if draws else None
+        )
     for path, layer in _modules(model):
         own = type(layer).__call__
         linear = own in (nnx.Conv.__call__, nnx.Linear.__call__)
@@ -235,4 +249,4 @@ class _Norm(BatchNorm):
             return super().__call__(x, use_running_average, mask=mask)
         switching.note(self.path, "folded", layer=product.path)
         norm = product.norm(self.mean[...])
-        return self.measured(functools.partial(norm, *self.affine()), mask)
+        return self._measured(functools.partial(norm, *self._affine()), mask)

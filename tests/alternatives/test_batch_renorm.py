@@ -12,7 +12,7 @@ from flax import nnx, serialization
 
 import flax_sbn as sbn
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
-from flax_sbn.alternatives.schedules import ramp
+from flax_sbn.alternatives.schedules import Ramp
 from tests import cases
 from tests.closeness import assert_close, assert_same_to_rounding
 
@@ -152,7 +152,7 @@ def test_the_default_schedule_is_the_papers():
 
 @pytest.mark.parametrize(
     "schedule",
-    [ramp(1, 3, 1.0, 2.0), optax.linear_schedule(1.0, 2.0, 2, 1), lambda t: 1 + t],
+    [Ramp(1, 3, 1.0, 2.0), optax.linear_schedule(1.0, 2.0, 2, 1), lambda t: 1 + t],
 )
 def test_a_schedule_is_any_function_of_the_step_and_needs_no_new_compilation(schedule):
     layer = LINEN(use_running_average=False, r_max=schedule, d_max=0.0)

@@ -408,7 +408,7 @@ class Nnx:
 
     def state(self):
         norm = self.layer.norm
-        return self.layer.linear.kernel[...], *norm.affine(), norm.running()
+        return self.layer.linear.kernel[...], *norm._affine(), norm._running()
 
     def __call__(self, x, statistics, evaluate=False, **options):
         return self.layer(x, statistics, evaluate, **options)
