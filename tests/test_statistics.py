@@ -1,5 +1,7 @@
 """Moments of samples against NumPy: samplers, axes, masks, precision, averages."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
+from flax_sbn.statistics import Moments, mean_and_var, pool_moments
 from tests import cases, reference, samples
 from tests.closeness import assert_close
 from tests.samples import KEY
@@ -222,3 +225,35 @@ def test_running_statistics_carry_no_gradient():
 
     new = sbn.Statistics(jnp.ones(3), jnp.ones(3))
     chex.assert_trees_all_equal(jax.grad(loss)(new), jax.tree.map(jnp.zeros_like, new))
+
+
+@pytest.mark.parametrize("mean", [0, 1e4])
+def test_pooling_many_batches_is_as_exact_as_measuring_all(mean):
+    sizes = 16 + np.arange(200) % 7
+    x = mean + cases.inputs((sizes.sum(), 3))
+    axes = (0,)
+
+    @jax.jit
+    def add(before, batch):
+        return pool_moments(before, mean_and_var(batch, axes, None, False))
+
+    none = jnp.zeros(3)
+    pooled = functools.reduce(
+        add, np.split(x, sizes.cumsum()[:-1]), Moments(none, none, none)
+    )
+    exact = np.float64(x)
+    np.testing.assert_array_equal(pooled.num, [sizes.sum()] * 3)
+    # To a rounding of the values: in the variance nothing of the mean is left.
+    spacing = np.spacing(np.float32(abs(exact).max()))
+    np.testing.assert_allclose(pooled.mean, exact.mean(axes), rtol=0, atol=4 * spacing)
+    np.testing.assert_allclose(pooled.var, exact.var(axes), rtol=0, atol=4 * spacing)
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_pooling_with_no_values_changes_nothing(empty_first):
+    some = mean_and_var(cases.inputs((8, 3)), (0,), None, False)
+    both = [Moments(*[jnp.zeros(3)] * 3), some]
+    for actual, expected in zip(
+        pool_moments(*(both if empty_first else both[::-1])), some, strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)
