@@ -4,7 +4,7 @@ What :func:`flax_sbn.linen.estimate_statistics` and its like for nnx have in com
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +26,30 @@ Path = tuple[Any, ...]
 State = TypeVar("State")
 
 
-def nothing_measured(running: Statistics) -> Moments:
-    """Returns the moments of no values yet, of the shape of running statistics."""
+class Measured(NamedTuple):
+    """What all inputs of a norm so far amount to.
+
+    Attributes:
+      origin: mean of the first batch. Near it float32 has digits to spare, however
+        large the mean is and however many batches are added.
+      moments: those of the inputs less the origin.
+    """
+
+    origin: jax.Array
+    moments: Moments
+
+
+def nothing_measured(running: Statistics) -> Measured:
+    """Returns what no inputs amount to, of the shape of running statistics."""
     zero = jnp.zeros(running.var.shape, jnp.promote_types(running.var.dtype, "float32"))
-    return Moments(zero, zero, zero)
+    return Measured(zero, Moments(zero, zero, zero))
+
+
+def add_moments(before: Measured, moments: Moments) -> Measured:
+    """Returns what inputs so far and those of some moments amount to."""
+    origin = jnp.where(before.moments.num > 0, before.origin, moments.mean)
+    centered = moments._replace(mean=moments.mean - origin)
+    return Measured(origin, pool_moments(before.moments, centered))
 
 
 class Norm(Protocol):
@@ -42,16 +62,16 @@ class Norm(Protocol):
 
 
 def add_call(
-    norm: Norm, args: Any, kwargs: Any, before: Moments, running: Statistics
-) -> Moments:
-    """Returns the moments of all inputs so far, given another call of a norm.
+    norm: Norm, args: Any, kwargs: Any, before: Measured, running: Statistics
+) -> Measured:
+    """Returns what all inputs so far amount to, given another call of a norm.
 
     Args:
       norm: what is called. Its input is measured as a whole, as ours measure (flax's,
         mean and variance), unless it evaluates.
       args: what it is called with.
       kwargs: likewise.
-      before: moments of what it was called with before.
+      before: what it was called with before.
       running: its running statistics, the origin between devices.
     """
     x, evaluate, mask = _arguments(*args, **kwargs)
@@ -64,17 +84,17 @@ def add_call(
     measure: Measure = getattr(norm, "measure", mean_and_var)
 
     def added(
-        x: jax.Array, mask: jax.Array | None, before: Moments, running: Statistics
-    ) -> Moments:
+        x: jax.Array, mask: jax.Array | None, before: Measured, running: Statistics
+    ) -> Measured:
         moments = [measure(x, axes, mask, False)]
         if norm.axis_name is not None:
             moments = pool_over_devices(
                 moments, norm.axis_name, norm.axis_index_groups, running
             )
-        return pool_moments(before, *moments)
+        return add_moments(before, *moments)
 
-    moments: Moments = laid_out_by_xla(added, x, mask, before, running)
-    return moments
+    measured: Measured = laid_out_by_xla(added, x, mask, before, running)
+    return measured
 
 
 def _arguments(
@@ -113,18 +133,18 @@ def over_batches(
 
 
 def estimated(
-    running: Mapping[Path, Statistics], moments: Mapping[Path, Moments]
+    running: Mapping[Path, Statistics], measured: Mapping[Path, Measured]
 ) -> dict[Path, Statistics]:
     """Returns new running statistics, the old ones where nothing was measured.
 
     Args:
       running: running statistics of all norms, by path.
-      moments: what was measured, by the same paths.
+      measured: what was measured, by the same paths.
 
     Raises:
       ValueError: if no norm was measured, or what was measured is not finite.
     """
-    on_host = jax.device_get(list(moments.values()))
+    on_host = jax.device_get([m.moments for m in measured.values()])
     if not any(np.any(m.num > 0) for m in on_host):
         raise ValueError(
             "Expected a model that trains batch norms, got none that normalizes with "
@@ -133,7 +153,7 @@ def estimated(
         )
     bad = [
         "/".join(map(str, path)) or "the model itself"
-        for path, m in zip(moments, on_host, strict=True)
+        for path, m in zip(measured, on_host, strict=True)
         if not np.all(np.isfinite(m.mean) & np.isfinite(m.var))
     ]
     if bad:
@@ -142,15 +162,15 @@ def estimated(
             f"overflow in {len(bad)} of {len(running)}: {', '.join(bad[:3])}"
             f"{', ...' if bad[3:] else ''}. Look for them in parameters and batches."
         )
-    return {path: _replaced(old, moments[path]) for path, old in running.items()}
+    return {path: _replaced(old, measured[path]) for path, old in running.items()}
 
 
-def _replaced(running: Statistics, moments: Moments) -> Statistics:
+def _replaced(running: Statistics, measured: Measured) -> Statistics:
+    origin, (num, mean, var) = measured
+
     def replace(old: jax.Array, new: jax.Array) -> jax.Array:
-        new = jnp.where(moments.num > 0, new, old)
+        new = jnp.where(num > 0, new, old)
         # As in training, a running mean that starts real becomes complex with its data.
         return new if jnp.iscomplexobj(new) else new.astype(old.dtype)
 
-    return Statistics(
-        replace(running.mean, moments.mean), replace(running.var, moments.var)
-    )
+    return Statistics(replace(running.mean, origin + mean), replace(running.var, var))

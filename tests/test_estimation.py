@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from tests import cases, reference
-from tests.closeness import assert_close
+from tests.closeness import assert_close, tolerance
 from tests.samples import KEY
 
 FEATURES = 3
@@ -461,6 +461,19 @@ def test_a_feature_of_which_nothing_was_measured_keeps_its_statistics():
     assert (mean[0], var[0]) == (7, 9)
     x = np.concatenate(BATCHES)
     assert_measured((mean[1:], var[1:]), x[..., 1:])
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e5])
+def test_many_batches_are_as_exact_as_one(mean):
+    sizes = 16 + np.arange(300) % 2
+    x = np.float32(mean + cases.inputs((sizes.sum(), FEATURES)))
+    batches = np.split(x, sizes.cumsum()[:-1])
+    spacing = np.spacing(x.max())
+    exact_mean, exact_var = moments(x)
+    ((mean, var),) = linen_estimate(nn.BatchNorm(use_running_average=False), batches)
+    np.testing.assert_allclose(mean, exact_mean, rtol=0, atol=spacing)
+    atol = spacing + tolerance(exact_var, num=len(batches))
+    np.testing.assert_allclose(var, exact_var, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "complex64", "float64"])

@@ -10,6 +10,7 @@ from flax.core.scope import CollectionFilter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_sbn.estimation import (
+    Measured,
     Path,
     add_call,
     estimated,
@@ -17,9 +18,9 @@ from flax_sbn.estimation import (
     over_batches,
 )
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments, Statistics
+from flax_sbn.statistics import Statistics
 
-_STATS, _RUNNING, _MOMENTS = "batch_stats", ("mean", "var"), "moments"
+_STATS, _RUNNING, _MEASURED = "batch_stats", ("mean", "var"), "all_inputs"
 
 
 def estimate_statistics(
@@ -57,6 +58,9 @@ def estimate_statistics(
     state is not that of a batch norm: :class:`KalmanNorm`, :class:`MixtureNorm`,
     :class:`MovingAverageBatchNorm`, :class:`Shade`. :class:`L1BatchNorm` and
     :class:`RangeBatchNorm` measure each batch in their own way.
+
+    A batch that lies on several devices is measured as a whole, without ``axis_name``:
+    pass the model without it, as its variables are the same.
 
     Args:
       model: what is called.
@@ -109,9 +113,13 @@ def estimate_statistics(
 
     @jax.jit
     def with_batch(
-        moments: dict[Path, Moments], variables: Any, stats: Any, rngs: Any, batch: Any
-    ) -> dict[Path, Moments]:
-        state = {(*path, _MOMENTS): each for path, each in moments.items()}
+        measured: dict[Path, Measured],
+        variables: Any,
+        stats: Any,
+        rngs: Any,
+        batch: Any,
+    ) -> dict[Path, Measured]:
+        state = {(*path, _MEASURED): each for path, each in measured.items()}
         with nn.intercept_methods(_measure):
             _, updates = model.apply(
                 {**variables, _STATS: unflatten_dict({**stats, **state})},
@@ -122,17 +130,17 @@ def estimate_statistics(
                 **kwargs,
             )
         updated = flatten_dict(updates[_STATS])
-        return {path: updated[*path, _MOMENTS] for path in moments}
+        return {path: updated[*path, _MEASURED] for path in measured}
 
     def step(
-        moments: dict[Path, Moments], batch: Any, number: int
-    ) -> dict[Path, Moments]:
+        measured: dict[Path, Measured], batch: Any, number: int
+    ) -> dict[Path, Measured]:
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
-        return with_batch(moments, variables, stats, keys, batch)
+        return with_batch(measured, variables, stats, keys, batch)
 
     start = {path: nothing_measured(each) for path, each in running.items()}
-    moments = over_batches(step, start, batches)
-    for path, new in estimated(running, moments).items():
+    measured = over_batches(step, start, batches)
+    for path, new in estimated(running, measured).items():
         stats[*path, "mean"], stats[*path, "var"] = new
     return {**variables, _STATS: nn.meta.replace_boxed(given, unflatten_dict(stats))}
 
@@ -149,7 +157,7 @@ def _measure(
     if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
         return call(*args, **kwargs)
 
-    before: Moments | None = layer.get_variable(_STATS, _MOMENTS)
+    before: Measured | None = layer.get_variable(_STATS, _MEASURED)
     if before is None:
         raise ValueError(
             "Expected running statistics of every batch norm, got none in layer "
@@ -158,8 +166,8 @@ def _measure(
         )
     running = Statistics(*(layer.get_variable(_STATS, name) for name in _RUNNING))
     y = call(*args, **kwargs)
-    if layer.get_variable(_STATS, _MOMENTS) is not before:
+    if layer.get_variable(_STATS, _MEASURED) is not before:
         return y  # measured inside of the call, which is that of a derived class
-    moments = add_call(layer, args, kwargs, before, running)
-    layer.put_variable(_STATS, _MOMENTS, moments)
+    measured = add_call(layer, args, kwargs, before, running)
+    layer.put_variable(_STATS, _MEASURED, measured)
     return y

@@ -67,7 +67,7 @@ def estimate_statistics(
     """
     measuring = nnx.clone(model)
     for layer in _norms(measuring).values():
-        layer.moments = _Moments(nothing_measured(_running(layer)))
+        layer.all_inputs = _Measured(nothing_measured(_running(layer)))
         set_class(layer, _measuring(layer.__class__))
     split: Any = nnx.split(measuring, _CHANGING, ...)
     graph, state, rest = split
@@ -86,7 +86,10 @@ def estimate_statistics(
     layers = _norms(model)
     new = estimated(
         {path: _running(layer) for path, layer in layers.items()},
-        {path: layer.moments.get_value() for path, layer in _norms(measuring).items()},
+        {
+            path: layer.all_inputs.get_value()
+            for path, layer in _norms(measuring).items()
+        },
     )
     for path, layer in layers.items():
         layer.mean[...], layer.var[...] = new[path]
@@ -104,11 +107,11 @@ def _running(norm: nnx.BatchNorm) -> Statistics:
     return Statistics(norm.mean[...], norm.var[...])
 
 
-class _Moments(nnx.BatchStat[Any]):
-    """Moments of all inputs of a norm so far."""
+class _Measured(nnx.BatchStat[Any]):
+    """What all inputs of a norm so far amount to."""
 
 
-_CHANGING = (_Moments, nnx.RngState)
+_CHANGING = (_Measured, nnx.RngState)
 
 
 @functools.cache
@@ -119,8 +122,8 @@ def _measuring(norm: Any) -> type:
         def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
             running = _running(self)
             y: jax.Array = super().__call__(*args, **kwargs)
-            before = self.moments.get_value()
-            self.moments.set_value(add_call(self, args, kwargs, before, running))
+            before = self.all_inputs.get_value()
+            self.all_inputs.set_value(add_call(self, args, kwargs, before, running))
             return y
 
         def folds(self) -> bool:
