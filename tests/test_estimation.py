@@ -74,16 +74,15 @@ OPTIONS = {
     "moved": {"sampler": BS, "running_weight": 0.75},
     "ghost": {"ghost_groups": 2},
 }
-DERIVED = ["BatchRenorm", "DiminishingBatchNorm"]
+OTHERS = ["BatchRenorm", "DiminishingBatchNorm", "IC", "BNET"]
 
 
 def linen_norms():
     yield "flax", nn.BatchNorm(use_running_average=False)
     for name, options in OPTIONS.items():
         yield name, sbn.linen.BatchNorm(use_running_average=False, **options)
-    for name in DERIVED:
+    for name in OTHERS:
         yield name, getattr(sbn.linen, name)(use_running_average=False, sampler=BS)
-    yield "IC", sbn.linen.IC(use_running_average=False, sampler=BS)
     for transform in (nn.remat, nn.jit):
         for cls in (nn.BatchNorm, sbn.linen.BatchRenorm):
             name = f"{transform.__name__}-{cls.__name__}"
@@ -94,7 +93,7 @@ def nnx_norms():
     yield "flax", nnx.BatchNorm
     for name, options in OPTIONS.items():
         yield name, functools.partial(sbn.nnx.BatchNorm, **options)
-    for name in [*DERIVED, "IC"]:
+    for name in OTHERS:
         yield name, functools.partial(getattr(sbn.nnx, name), sampler=BS)
 
 
@@ -430,6 +429,39 @@ def test_a_batch_on_several_devices_is_measured_as_a_whole():
         variables = model.init(KEY, BATCHES[0])
         (statistics,) = linen_estimate(model, batches, variables)
     assert_measured(statistics, np.concatenate(BATCHES))
+
+
+def derived(api, base):
+    """Returns a norm that is called otherwise, and doubles its input."""
+    compact = nn.compact if api is nn else lambda f: f
+
+    class Derived(base):
+        @compact
+        def __call__(self, x, doubled):
+            return super().__call__(2 * x if doubled else x)
+
+    return Derived
+
+
+@pytest.mark.parametrize(
+    ("estimate", "model"),
+    [
+        *(
+            (linen_estimate, derived(nn, base)(use_running_average=False))
+            for base in (nn.BatchNorm, sbn.linen.BatchNorm, sbn.linen.BatchRenorm)
+        ),
+        *(
+            (nnx_estimate, derived(nnx, base)(FEATURES, rngs=nnx.Rngs(0)))
+            for base in (nnx.BatchNorm, sbn.nnx.BatchNorm, sbn.nnx.BatchRenorm)
+        ),
+    ],
+)
+def test_derived_norms_are_measured_where_they_call_ours(estimate, model):
+    variables = {}
+    if isinstance(model, nn.Module):
+        variables["variables"] = model.init(KEY, BATCHES[0], True)
+    (statistics,) = estimate(model, method=lambda norm, x: norm(x, True), **variables)
+    assert_measured(statistics, 2 * np.concatenate(BATCHES))
 
 
 def masked(x):

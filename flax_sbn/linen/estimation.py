@@ -52,12 +52,13 @@ def estimate_statistics(
     training with virtual rows, which would be measured as any others.
 
     Measured are :class:`flax.linen.BatchNorm`, :class:`BatchNorm` and all that derive
-    from them, :class:`ConvNorm`, :class:`DenseNorm` and :class:`IC`; also in
-    ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit``. Left alone are norms that
-    normalize with their running statistics (frozen ones), and layers whose running
-    state is not that of a batch norm: :class:`KalmanNorm`, :class:`MixtureNorm`,
-    :class:`MovingAverageBatchNorm`, :class:`Shade`. :class:`L1BatchNorm` and
-    :class:`RangeBatchNorm` measure each batch in their own way.
+    from them, :class:`ConvNorm`, :class:`DenseNorm`, :class:`BNET` and :class:`IC`;
+    also in ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit``. Left alone are norms
+    that normalize with their running statistics (frozen ones), and layers whose running
+    state is not that of a batch norm: :class:`KalmanNorm` with the norm inside,
+    :class:`MixtureNorm`, :class:`MovingAverageBatchNorm`, :class:`Shade`.
+    :class:`L1BatchNorm` and :class:`RangeBatchNorm` measure each batch in their own
+    way.
 
     A batch that lies on several devices is measured as a whole, without ``axis_name``:
     pass the model without it, as its variables are the same.

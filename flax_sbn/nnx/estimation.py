@@ -14,6 +14,7 @@ from flax_sbn.estimation import (
     nothing_measured,
     over_batches,
 )
+from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.input_statistics import set_class
 from flax_sbn.statistics import Statistics
 
@@ -33,8 +34,8 @@ def estimate_statistics(
     and keys included; samplers and dropout draw anew in each batch all the same.
 
     Measured are :class:`flax.nnx.BatchNorm`, :class:`BatchNorm` and all that derive
-    from them, :class:`ConvNorm`, :class:`DenseNorm` and :class:`IC`, also in
-    ``nnx.scan``, ``nnx.vmap``, ``nnx.remat`` and ``nnx.jit``.
+    from them, :class:`ConvNorm`, :class:`DenseNorm`, :class:`BNET` and :class:`IC`,
+    also in ``nnx.scan``, ``nnx.vmap``, ``nnx.remat`` and ``nnx.jit``.
 
     Args:
       model: what is called.
@@ -116,9 +117,19 @@ _CHANGING = (_Measured, nnx.RngState)
 
 @functools.cache
 def _measuring(norm: Any) -> type:
-    """Returns a class of norms that also measure their input."""
+    """Returns a class of norms that also measure their input.
 
-    class Measuring(norm):  # type: ignore[misc]
+    Measured is what the call of flax's class or of ours gets: classes that are derived
+    from them may be called otherwise.
+    """
+    base = BatchNorm if issubclass(norm, BatchNorm) else nnx.BatchNorm
+    measuring = _measuring_base(base)
+    return measuring if norm is base else type("Measuring", (norm, measuring), {})
+
+
+@functools.cache
+def _measuring_base(base: Any) -> type:
+    class Measuring(base):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
             running = _running(self)
             y: jax.Array = super().__call__(*args, **kwargs)
