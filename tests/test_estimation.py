@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
+from methods import parse_method
+from models import linen_model, nnx_model
 from tests import cases, reference
 from tests.closeness import assert_close, tolerance
 from tests.samples import KEY
@@ -193,6 +195,39 @@ def test_frozen_norms_stay_and_normalize_as_they_do(estimate, model):
     np.testing.assert_array_equal(first, [[0.0] * FEATURES, [1.0] * FEATURES])
     x = np.concatenate(BATCHES) / np.sqrt(1 + 1e-5)
     assert_measured(second, reference.wide(x) ** 2)
+
+
+IMAGES = cases.inputs((8, 32, 32, 3), seed=3)
+SMALL = {"num_classes": 4, "width": 4}
+METHODS = pytest.mark.parametrize("name", ["flax", "bn"])
+
+
+@METHODS
+def test_linen_networks_evaluate_a_batch_as_they_train_on_it(name):
+    method = parse_method(name)
+    training, evaluating = (
+        linen_model("resnet8", method, train=train, **SMALL) for train in (True, False)
+    )
+    variables = evaluating.init(KEY, IMAGES)
+    expected, _ = training.apply(variables, IMAGES, mutable=["batch_stats"])
+    new = sbn.linen.estimate_statistics(training, variables, [IMAGES])
+    assert_close(evaluating.apply(new, IMAGES), np.asarray(expected), num=1000)
+
+
+@METHODS
+def test_nnx_networks_evaluate_a_batch_as_they_train_on_it(name):
+    model = nnx_model(
+        "resnet8",
+        parse_method(name),
+        in_shape=IMAGES.shape[1:],
+        rngs=nnx.Rngs(0),
+        **SMALL,
+    )
+    model.train()
+    expected = nnx.clone(model)(IMAGES)
+    sbn.nnx.estimate_statistics(model, [IMAGES])
+    model.eval()
+    assert_close(model(IMAGES), np.asarray(expected), num=1000)
 
 
 class Others(nn.Module):

@@ -60,8 +60,10 @@ def estimate_statistics(
     :class:`L1BatchNorm` and :class:`RangeBatchNorm` measure each batch in their own
     way.
 
-    A batch that lies on several devices is measured as a whole, without ``axis_name``:
-    pass the model without it, as its variables are the same.
+    Each batch is a compiled step, so call this outside of ``jit``. The last batch may
+    be smaller, which compiles again. A batch that lies on several devices is measured
+    as a whole, without ``axis_name``: pass the model without it, as its variables are
+    the same.
 
     Args:
       model: what is called.
