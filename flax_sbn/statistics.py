@@ -218,7 +218,7 @@ def part_statistics(
         for x, where in zip(values, masks or itertools.repeat(None), strict=False)
     ]
     if axis_name is not None:
-        moments = _pool(moments, axis_name, axis_index_groups, running)
+        moments = pool_over_devices(moments, axis_name, axis_index_groups, running)
     statistics = [Statistics(mean, var) for _, mean, var in moments]
     if masks is None:
         return mix_statistics(statistics, [part.weight for part in parts])
@@ -426,7 +426,32 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def _pool(
+def pool_moments(first: Moments, second: Moments) -> Moments:
+    r"""Returns the moments of the values of both populations together.
+
+    .. math::
+      w = \frac{n_2}{n_1 + n_2}, \qquad \mu = \mu_1 + w (\mu_2 - \mu_1), \qquad
+      v = (1 - w) v_1 + w v_2 + w (1 - w) |\mu_2 - \mu_1|^2
+
+    Only the difference of the means is squared, so nothing cancels where they are
+    large, however many populations are added one by one.
+
+    Args:
+      first: moments of some values; of none with ``num`` 0.
+      second: moments of the others.
+
+    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for
+    Computing Sample Variances", 1979.
+    """
+    num = first.num + second.num
+    share = second.num / jnp.maximum(num, 1)
+    change = second.mean - first.mean
+    within = (1 - share) * first.var + share * second.var
+    between = share * (1 - share) * _abs_square(change)
+    return Moments(num, first.mean + share * change, within + between)
+
+
+def pool_over_devices(
     moments: list[Moments],
     axis_name: str | tuple[str, ...],
     axis_index_groups: Any,

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
+from flax_sbn.statistics import Moments, mean_and_var, pool_moments
 from tests import cases, reference, samples
-from tests.closeness import assert_close
+from tests.closeness import assert_close, tolerance
 from tests.samples import KEY
 
 SAMPLERS = {"all": None, **cases.SAMPLERS}
@@ -222,3 +223,29 @@ def test_running_statistics_carry_no_gradient():
 
     new = sbn.Statistics(jnp.ones(3), jnp.ones(3))
     chex.assert_trees_all_equal(jax.grad(loss)(new), jax.tree.map(jnp.zeros_like, new))
+
+
+@pytest.mark.parametrize("mean", [0, 1e3])
+def test_pooling_many_batches_is_as_exact_as_measuring_all(mean):
+    sizes = 16 + np.arange(200) % 7
+    x = mean + np.float64(cases.inputs((sizes.sum(), 3)))
+    pooled = Moments(*[jnp.zeros(3)] * 3)
+    for batch in np.split(x, sizes.cumsum()[:-1]):
+        measured = len(batch), batch.mean(0), batch.var(0)
+        pooled = jax.jit(pool_moments)(pooled, Moments(*map(jnp.float32, measured)))
+    np.testing.assert_array_equal(pooled.num, [len(x)] * 3)
+    rounding = np.spacing(np.float32(mean + 1)) / 2
+    atol = rounding * len(sizes) ** 0.5  # one rounding a batch
+    np.testing.assert_allclose(pooled.mean, x.mean(0), rtol=0, atol=atol)
+    atol = tolerance(x.var(0), num=len(sizes))
+    np.testing.assert_allclose(pooled.var, x.var(0), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("empty_first", [False, True])
+def test_pooling_with_no_values_changes_nothing(empty_first):
+    some = mean_and_var(cases.inputs((8, 3)), (0,), None, False)
+    both = [Moments(*[jnp.zeros(3)] * 3), some]
+    for actual, expected in zip(
+        pool_moments(*(both if empty_first else both[::-1])), some, strict=True
+    ):
+        np.testing.assert_array_equal(actual, expected)

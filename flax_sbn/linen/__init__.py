@@ -7,6 +7,7 @@ from flax_sbn.linen.bnet import BNET
 from flax_sbn.linen.conv_norm import ConvNorm
 from flax_sbn.linen.dense_norm import DenseNorm
 from flax_sbn.linen.diminishing import DiminishingBatchNorm
+from flax_sbn.linen.estimation import estimate_statistics
 from flax_sbn.linen.export import fold_variables
 from flax_sbn.linen.filter_response import TLU, FilterResponseNorm
 from flax_sbn.linen.ic import IC
@@ -43,6 +44,7 @@ __all__ = [
     "WSConv",
     "WSDense",
     "apply_with_inputs",
+    "estimate_statistics",
     "fold_variables",
     "sample_norms",
     "switch_report",

@@ -7,6 +7,7 @@ from flax_sbn.nnx.bnet import BNET
 from flax_sbn.nnx.conv_norm import ConvNorm
 from flax_sbn.nnx.dense_norm import DenseNorm
 from flax_sbn.nnx.diminishing import DiminishingBatchNorm
+from flax_sbn.nnx.estimation import estimate_statistics
 from flax_sbn.nnx.export import fold_model
 from flax_sbn.nnx.filter_response import TLU, FilterResponseNorm
 from flax_sbn.nnx.ic import IC
@@ -50,6 +51,7 @@ __all__ = [
     "WSConv",
     "WSDense",
     "call_with_inputs",
+    "estimate_statistics",
     "fold_model",
     "initialize_batchless",
     "plain_norms",

@@ -56,12 +56,12 @@ def call_with_inputs(
         for layer in layers.values():
             layer.measured = _Measured(None)
             changed.append((layer, type(layer)))
-            _set_class(layer, _MEASURING[type(layer)])
+            set_class(layer, _MEASURING[type(layer)])
         result = model(*args, **kwargs)
         measured = {path: m.measured.get_value() for path, m in layers.items()}
     finally:
         for layer, before in changed:
-            _set_class(layer, before)
+            set_class(layer, before)
             del layer.measured
     return result, unflatten_dict(
         {(*path, "kernel"): s for path, s in measured.items() if s is not None}
@@ -101,6 +101,6 @@ def _is_measured(module: Any) -> bool:
     )
 
 
-def _set_class(layer: Any, to: type) -> None:
-    # Past nnx, which would take it for an attribute of the layer.
+def set_class(layer: Any, to: type) -> None:
+    """Changes the class of a layer past nnx, which would make it an attribute."""
     object.__setattr__(layer, "__class__", to)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
-from flax_sbn.statistics import Statistics, batch_statistics, mix_statistics
+from flax_sbn.statistics import Moments, batch_statistics, pool_moments
 
 
 class InputStatistics(NamedTuple):
@@ -73,10 +73,8 @@ def pool_inputs(
     """Returns the statistics of all values that either comes from."""
     if first is None:
         return second
-    num = first.num + second.num
-    share = second.num / jnp.maximum(num, 1)
-    mean, var = mix_statistics(
-        [Statistics(*first[:2]), Statistics(*second[:2])], [1 - share, share]
+    num, mean, var = pool_moments(
+        *(Moments(each.num, each.mean, each.var) for each in (first, second))
     )
     return InputStatistics(mean, var, num)
 
