@@ -189,12 +189,11 @@ def make_convolution(
                 " Pad with explicit pairs instead."
             )
         pads = [(reach[0] - 1, 0)]
-    if isinstance(pads, str):
-        if max(input_dilation) > 1:
-            raise ValueError(
-                f"Expected explicit padding with {input_dilation=}, got {padding=}. "
-                "Give a pair for each spatial axis."
-            )
+    if isinstance(pads, str) and max(input_dilation) > 1:
+        raise ValueError(
+            f"Expected explicit padding with {input_dilation=}, got {padding=}. "
+            "Give a pair for each spatial axis."
+        )
     convolution = Convolution(
         window,
         strides,

@@ -3,12 +3,9 @@
 Ranks are not promoted in any test (see ``conftest.py``); here dtypes are not, either.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from flax import nnx
 
 import flax_sbn as sbn
@@ -101,7 +98,7 @@ def test_linen_layers_train_and_evaluate(name, options):
 
     for mask in masks(layer, name):
         step = jax.value_and_grad(train, (0, 1), has_aux=True)
-        (loss, state), _ = jax.eval_shape(step, variables.get("params", {}), X, mask)
+        (loss, _), _ = jax.eval_shape(step, variables.get("params", {}), X, mask)
         assert loss.dtype == jnp.float32
     jax.eval_shape(lambda x: layer.apply(variables, x, **evaluation), X)
 
@@ -114,9 +111,12 @@ def test_nnx_layers_train_and_evaluate(name, options):
     layer = getattr(sbn.nnx, name)(
         4, *LAYERS.get(name, ()), rngs=nnx.Rngs(0), **options
     )
+
+    def train(layer, x, mask):
+        return layer(x, **mask).sum()
+
     for mask in masks(layer, name):
         layer.train()
-        step = nnx.grad(lambda layer, x: layer(x, **mask).sum(), argnums=(0, 1))
-        nnx.eval_shape(step, layer, X)
+        nnx.eval_shape(nnx.grad(train, argnums=(0, 1)), layer, X, mask)
     layer.eval()
     nnx.eval_shape(lambda layer, x: layer(x), layer, X)
