@@ -1,7 +1,8 @@
-"""How the programs of tests and doctests are compiled, and that they are kept."""
+"""How tests and doctests trace and compile programs, and that these are kept."""
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import pytest
@@ -10,9 +11,13 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs for other workers, subprocesses and the next run.
 
-    ``pytest --cache-clear`` empties the cache.
+    ``pytest --cache-clear`` empties the cache. In all of them arrays of different ranks
+    do not meet unless broadcast explicitly, as in flax's own tests.
     """
-    options = {"jax_persistent_cache_min_compile_time_secs": 0.0}
+    options: dict[str, Any] = {
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_numpy_rank_promotion": "raise",
+    }
     if hasattr(config, "cache"):
         folder = config.cache.mkdir("jax")
         options |= {"jax_compilation_cache_dir": str(folder)}

@@ -15,7 +15,7 @@ from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from flax_sbn.lattice import Lattice
-from flax_sbn.windows import Part, Windows, padded_slice
+from flax_sbn.windows import Part, Start, Windows, padded_slice
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
@@ -28,7 +28,7 @@ class Convolution:
     Attributes:
       window: extent of the kernel on each spatial axis, as are the following.
       strides: steps of the window.
-      padding: zeros before and after; negative ones crop.
+      padding: zeros before and after, negative ones crop; or a name that jax knows.
       input_dilation: one more than the zeros between the input's positions.
       kernel_dilation: likewise of the kernel.
       groups: number of groups of features.
@@ -38,7 +38,7 @@ class Convolution:
 
     window: tuple[int, ...]
     strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
+    padding: str | tuple[tuple[int, int], ...]
     input_dilation: tuple[int, ...]
     kernel_dilation: tuple[int, ...]
     groups: int
@@ -88,11 +88,10 @@ class Convolution:
     def _below_lattice(
         self, x: jax.Array, lattice: Lattice
     ) -> tuple[jax.Array, "Convolution"]:
+        before = [p for p, _ in self._pads(x)]
         x = self._dilated(x, range(len(self.window)))
         sizes = tuple(self._reach([1] * len(self.window)))
-        starts = np.array(lattice.positions) * self.strides - [
-            p for p, _ in self.padding
-        ]
+        starts = np.array(lattice.positions) * self.strides - before
         extent = (x.shape[0], *sizes, x.shape[-1])
         blocks = [padded_slice(x, (0, *map(int, start), 0), extent) for start in starts]
         # Block by block, each of which gives one position.
@@ -108,20 +107,29 @@ class Convolution:
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
     ) -> tuple[jax.Array, "Convolution"]:
         cut = [i for i, n in enumerate(extent) if windows.sizes[i + 1] != n]
+        starts: list[Start] = [windows.starts[0], *[0] * len(extent)]
+        sizes = [windows.sizes[0], *x.shape[1:-1]]
+        if not cut:
+            return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), self
+        padding, dilation = self._pads(x), list(self.input_dilation)
         x = self._dilated(x, cut)
-        starts, sizes = list(windows.starts), [windows.sizes[0], *x.shape[1:-1]]
-        padding, dilation = list(self.padding), list(self.input_dilation)
+        sizes[1:] = x.shape[1:-1]
         reach = self._reach(windows.sizes[1:])
-        for i in range(len(extent)):
-            starts[i + 1] = 0
-            if i in cut:
-                at = windows.starts[i + 1] * self.strides[i]
-                starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
-                padding[i], dilation[i] = (0, 0), 1
+        for i in cut:
+            at = windows.starts[i + 1] * self.strides[i]
+            starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
+            padding[i], dilation[i] = (0, 0), 1
         here = dataclasses.replace(
             self, padding=tuple(padding), input_dilation=tuple(dilation)
         )
         return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), here
+
+    def _pads(self, x: jax.Array) -> list[tuple[int, int]]:
+        """Returns the zeros before and after each spatial axis of the input."""
+        if isinstance(self.padding, str):
+            reach = self._reach([1] * len(self.window))
+            return lax.padtype_to_pads(x.shape[1:-1], reach, self.strides, self.padding)
+        return list(self.padding)
 
     def _reach(self, sizes: Sequence[int]) -> list[int]:
         """Returns the extent of the input that a block of the output sees."""
@@ -181,17 +189,15 @@ def make_convolution(
                 " Pad with explicit pairs instead."
             )
         pads = [(reach[0] - 1, 0)]
-    if isinstance(pads, str):
-        if max(input_dilation) > 1:
-            raise ValueError(
-                f"Expected explicit padding with {input_dilation=}, got {padding=}. "
-                "Give a pair for each spatial axis."
-            )
-        pads = lax.padtype_to_pads(x.shape[1:-1], reach, strides, pads)
+    if isinstance(pads, str) and max(input_dilation) > 1:
+        raise ValueError(
+            f"Expected explicit padding with {input_dilation=}, got {padding=}. "
+            "Give a pair for each spatial axis."
+        )
     convolution = Convolution(
         window,
         strides,
-        tuple((low, high) for low, high in pads),
+        pads if isinstance(pads, str) else tuple((low, high) for low, high in pads),
         input_dilation,
         kernel_dilation,
         groups,

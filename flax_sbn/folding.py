@@ -8,6 +8,7 @@ spatial axes (any number), ``I`` input and ``C`` output features.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict, Unpack
 
@@ -35,6 +36,7 @@ from flax_sbn.statistics import (
     Measure,
     Statistics,
     broadcast_mask,
+    num_devices,
     part_statistics,
     wide,
 )
@@ -240,7 +242,7 @@ def conv_norm(
             f"shape {kernel.shape}. For inputs of rows and features take dense_norm."
         )
     batch = x.shape[: x.ndim - rank - 1]
-    x = x.reshape(-1, *x.shape[len(batch) :])
+    x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
     x, convolution = make_convolution(
         x,
         kernel.shape[:-2],
@@ -428,9 +430,13 @@ def _linear_norm(
     if mask is not None:
         mask = broadcast_mask(mask, y_shape).reshape(shape)
     layer = Layer(linear, shape[1:-1], epsilon, jnp.finfo(x.dtype).bits < 32)
+
+    def chosen(key: jax.Array | None) -> tuple[Part, ...]:
+        return sampled_parts(sampler, shape[:-1], key, num_devices(**pooling))
+
     fixed: tuple[Part, ...] = ()  # what is measured, if that is known in advance
     if statistics is None and not needs_key(sampler):
-        fixed = sampled_parts(sampler, shape[:-1], key)
+        fixed = chosen(key)
 
     def measured(
         parts: Sequence[Part],
@@ -494,7 +500,7 @@ def _linear_norm(
             mask: jax.Array | None,
             running: Statistics | None,
         ) -> tuple[Statistics, jax.Array | None]:
-            parts = sampled_parts(sampler, shape[:-1], key)
+            parts = chosen(key)
             values = layer.read(parts, x.astype(kernel.dtype), kernel)
             mean = layer.mean_below(parts, x) if mask is None else None
             return measured(parts, values, mask, running), mean

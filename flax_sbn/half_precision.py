@@ -39,7 +39,8 @@ def offset(mean: jax.Array, applied: jax.Array, measured: jax.Array) -> jax.Arra
     seen = jnp.repeat(mean.reshape(groups, -1).T, per_group, axis=1)
 
     def output(kernel: jax.Array) -> jax.Array:
-        return (kernel * seen).sum(range(kernel.ndim - 1))
+        product = kernel * jnp.broadcast_to(seen, kernel.shape)
+        return product.sum(range(kernel.ndim - 1))
 
     return lax.stop_gradient(output(applied) - output(measured))
 
@@ -58,4 +59,4 @@ def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _add_wide(y: jax.Array, shift: jax.Array) -> jax.Array:
-    return (y + shift).astype(y.dtype)
+    return (y + jnp.broadcast_to(shift, y.shape)).astype(y.dtype)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_sbn.sampling import check_positive
+from flax_sbn.sampling import check_known, check_positive
 from flax_sbn.transposes import Form, linear
 from flax_sbn.windows import EVERYTHING, Part
 
@@ -81,6 +81,7 @@ class LatticeSampling:
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the positions, or everything."""
         images, *extent = shape
+        check_known(self, extent)
         wanted = self.num_positions
         if isinstance(images, int):
             wanted = max(wanted, -(-self.min_values // images))

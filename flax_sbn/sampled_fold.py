@@ -146,7 +146,9 @@ class Layer:
 
     def shifted(self, y: jax.Array, shift: jax.Array) -> jax.Array:
         """Adds to each feature, in float32 or wider."""
-        return add_shift(y, shift) if self.half else y + shift
+        if self.half:
+            return add_shift(y, shift)
+        return y + jnp.broadcast_to(shift, y.shape)
 
 
 def fixed_fold_applies(x: jax.Array) -> bool:

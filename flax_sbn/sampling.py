@@ -11,6 +11,7 @@ To add a sampler, write one frozen dataclass with ``needs_key`` and ``parts``.
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
@@ -50,7 +51,10 @@ def needs_key(sampler: Sampler | None) -> bool:
 
 
 def sampled_parts(
-    sampler: Sampler | None, shape: tuple[int, ...], key: jax.Array | None
+    sampler: Sampler | None,
+    shape: tuple[int, ...],
+    key: jax.Array | None,
+    num_devices: int = 1,
 ) -> tuple[Part, ...]:
     """Checks a sampler against an input's extent and returns what it measures.
 
@@ -58,6 +62,7 @@ def sampled_parts(
       sampler: a sampler, or None for every position.
       shape: extent of the measured axes, ``(N, *spatial)``.
       key: random key; may be None where the sampler needs none.
+      num_devices: how many pool what they measure.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
@@ -69,19 +74,27 @@ def sampled_parts(
     if not shape or math.prod(shape) == 0:
         raise ValueError(
             "Expected an input with rows to sample from and no empty axis, got "
-            f"measured axes of {shape=}. Is `axis` the feature axis?"
+            f"measured axes of {shape=}. Leave empty batches out, or take sampler=None;"
+            " is `axis` the feature axis?"
         )
     if draws and key is None:
         raise ValueError(
             f"Expected a random key for {sampler}, got {key=}. "
             "Pass key=jax.random.key(seed), a fresh one each step."
         )
-    parts = sampler.parts(shape, key)
-    count = sum(part.num_values(shape) for part in parts)
+    try:
+        parts = sampler.parts(shape, key)
+    except jax.errors.InconclusiveDimensionOperation as error:
+        raise ValueError(
+            f"Expected a shape that is known to hold the sample of {sampler}, got "
+            f"measured axes of {shape=}. Export with what is known of it, as by "
+            "jax.export.symbolic_shape('b', constraints=['b >= 8'])."
+        ) from error
+    count = num_devices * sum(part.num_values(shape) for part in parts)
     if isinstance(count, int) and count < 2:  # not symbolic, as in an export
         raise ValueError(
             f"Expected at least 2 measured values per feature, got 1 from {sampler} on "
-            f"measured axes of {shape=}. Measure more rows."
+            f"measured axes of {shape=}. Measure more rows, or pool devices: axis_name."
         )
     return parts
 
@@ -203,7 +216,8 @@ class FeatureSampling:
 
     Attributes:
       fraction: least share of the spatial extent that is measured, in (0, 1].
-      min_values: least number of values per feature, as far as there are so many.
+      min_values: least number of values per feature, as far as there are so many. Left
+        aside while the batch size is unknown, as in an export for any batch size.
       groups: the rows are split into the largest number of equal runs that is at most
         ``groups``, each with a patch of its own, all of them spread over the map; None
         for a patch for every row. ``groups=1`` is the paper's FS, which lets the noise
@@ -252,18 +266,31 @@ class FeatureSampling:
                 f"Expected an input with spatial axes for {self}, got measured axes of "
                 f"{shape=}. Use LatticeSampling or BatchSampling for inputs without."
             )
-        most = rows if self.groups is None else min(self.groups, rows)
-        groups = next(n for n in range(most, 0, -1) if rows % n == 0)
+        check_known(self, extent)
+        groups = rows if self.groups is None else self._runs(rows, self.groups)
         sides = self._sides(rows, extent)
         assert key is not None
-        starts = random_tiles(key, extent, sides, groups if groups > 1 else None)
+        starts = random_tiles(key, extent, sides, groups if groups != 1 else None)
         return (Part(1.0, (Windows(groups, (0, *starts), (rows // groups, *sides)),)),)
+
+    def _runs(self, rows: int, most: int) -> int:
+        """Returns the largest number of equal runs of rows that is at most ``most``."""
+        if isinstance(rows, int):
+            return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
+        if rows % most:
+            raise ValueError(
+                f"Expected a batch size that is known to be divisible by groups={most},"
+                f" got batch size {rows}. Export with a symbolic batch size '{most}*b',"
+                " or with groups=None."
+            )
+        return most
 
     def _sides(self, rows: int, extent: list[int]) -> list[int]:
         """Returns the patch's sides: about the same share of each axis."""
-        share = min(
-            1.0, max(self.fraction, self.min_values / (rows * math.prod(extent)))
-        )
+        share = self.fraction
+        if isinstance(rows, int):
+            share = max(share, self.min_values / (rows * math.prod(extent)))
+        share = min(1.0, share)
         sides = list(extent)
         # Shortest axis first: what rounding up adds there, the longer ones save.
         order = sorted(range(len(extent)), key=lambda axis: extent[axis])
@@ -435,7 +462,7 @@ class MixedSampling:
         """Chooses the virtual rows, and the real sampler's positions in the others."""
         real, virtual = self.virtual.split(shape)
         seen = real.sampled_shape(shape)
-        if seen[0] == 0:
+        if seen[0] < 1:
             raise ValueError(
                 f"Expected num_virtual < batch size for {self}, got "
                 f"num_virtual={self.virtual.num_virtual} and batch size {shape[0]}. "
@@ -474,6 +501,15 @@ def stratum_rows(rows: int, strata: int, **sample: int) -> int:
             f"{name}={count} and batch size {rows}. Choose strata that divide both."
         )
     return rows // strata
+
+
+def check_known(sampler: Sampler, extent: Sequence[int]) -> None:
+    """Raises a ValueError if the size of a map is left open, as in an export."""
+    if not all(isinstance(n, int) for n in extent):
+        raise ValueError(
+            f"Expected spatial axes of known extent for {sampler}, got {tuple(extent)}."
+            " Export training for one image size, or with BatchSampling."
+        )
 
 
 def _rows(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows:

@@ -169,7 +169,9 @@ def batch_statistics(
         mask: jax.Array | None,
         running: Statistics | None,
     ) -> Statistics:
-        parts = sampled_parts(sampler, tuple(x.shape[a] for a in axes), key)
+        shape = tuple(x.shape[a] for a in axes)
+        devices = num_devices(axis_name, axis_index_groups)
+        parts = sampled_parts(sampler, shape, key, devices)
         return part_statistics(
             parts,
             [part.take(x, axes) for part in parts],
@@ -184,6 +186,16 @@ def batch_statistics(
 
     statistics: Statistics = laid_out_by_xla(measured, x, key, mask, running)
     return statistics
+
+
+def num_devices(
+    axis_name: str | tuple[str, ...] | None = None, axis_index_groups: Any = None
+) -> int:
+    """Returns how many devices pool what they measure: see :func:`batch_statistics`."""
+    if axis_name is None:
+        return 1
+    # Of a number that all devices know, the sum is known, too.
+    return lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
 
 
 def part_statistics(

@@ -54,16 +54,17 @@ def virtual_samples(
     not state the distribution: Gaussian noise is our formulation.
     """
     shape = tuple(shape)
+    of_row = []
     for name, value in (("mean", mean), ("std", std)):
         try:
-            jnp.broadcast_to(value, shape)
+            of_row.append(jnp.broadcast_to(jnp.asarray(value), shape)[None])
         except ValueError:
             raise ValueError(
                 f"Expected {name} to broadcast to a row of {shape=}, got {name} of "
                 f"shape {jnp.shape(value)}. Give a scalar, or one value per feature."
             ) from None
     noise = jax.random.normal(key, (num_virtual, *shape), dtype)
-    return (jnp.asarray(mean) + jnp.asarray(std) * noise).astype(dtype)
+    return (of_row[0] + of_row[1] * noise).astype(dtype)
 
 
 def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Array:

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -196,18 +196,32 @@ def random_tiles(
     total = math.prod(tiles)
     if total == 1:
         return [0] * len(tiles)
-    place = _random_bits(key) // np.uint32(-(-(2**32) // total))
+    # Of a number that turns out to be one in an exported program, the share wraps
+    # around to zero, and the only tile is chosen all the same.
+    share = np.uint32(2**32 - 1) // _number(total, np.uint32) + np.uint32(1)
+    place = _random_bits(key) // share
     if count is not None:
-        steps = np.arange(count) * _lattice_step(tiles) % total
+        steps = _range(count) % total * _lattice_step(tiles) % total
         place = (place + steps.astype(np.uint32)) % np.uint32(total)
     place = lax.optimization_barrier(place)  # not computed again by all that read it
     starts: list[Start] = []
     for length, size, along in zip(lengths, sizes, tiles, strict=True):
         total //= along
-        index = (place // np.uint32(total) % np.uint32(along)).astype(jnp.int32)
-        start = jnp.minimum(index * size, length - size)
-        starts.append(start if along > 1 else 0)
+        index = place // _number(total, np.uint32) % _number(along, np.uint32)
+        start = index.astype(jnp.int32) * size
+        last = _number(length - size, np.int32)
+        starts.append(jnp.minimum(start, last) if along != 1 else 0)
     return starts
+
+
+def _number(n: int, dtype: Any) -> Any:
+    """Returns for arithmetic an extent, which an exported program may leave open."""
+    return dtype(n) if isinstance(n, int) else jnp.asarray(n).astype(dtype)
+
+
+def _range(n: int) -> Any:
+    """Returns the numbers below an extent, which likewise may be left open."""
+    return np.arange(n) if isinstance(n, int) else jnp.arange(n, dtype=jnp.uint32)
 
 
 def _lattice_step(tiles: Sequence[int]) -> int:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from tests import cases, unfolded
-from tests.closeness import assert_close
+from tests.closeness import assert_close, assert_trees_close
 from tests.devices import collectives, mesh
 
 KEY = jax.random.key(3)
@@ -211,3 +211,46 @@ def test_under_jit_only_sums_of_features_and_kernels_are_communicated(sampler):
     found = set().union(*collectives(gradient, x, kernel, KEY))
     # A lattice's own gradient of the kernel comes with its axes in another order.
     assert found - {"f32[4,3,3,4]"} == {*sums, "f32[3,3,4,4]"}
+
+
+ONE_EACH = {
+    "BS": (sbn.BatchSampling(1), (1,)),
+    "NS": (sbn.NaiveSampling(1), (2,)),
+    "lattice": (sbn.LatticeSampling(), (1,)),
+    "pixel": (sbn.LatticeSampling(), (1, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ONE_EACH)
+@pytest.mark.parametrize("folded", [False, True])
+def test_one_value_a_device_is_enough_where_devices_pool(name, folded):
+    sampler, extent = ONE_EACH[name]
+    x = cases.inputs((8, *extent, 3))
+    kernel = cases.inputs((3, 3), seed=1)
+    options = {"sampler": sampler, "key": KEY, "axis_name": "devices"}
+
+    def norm(x):
+        if folded:
+            return sbn.dense_norm(x, kernel, **options)
+        return sbn.batch_norm(x @ kernel, **options)
+
+    _, statistics = jax.vmap(norm, axis_name="devices")(x)
+    values = (x[:, -1:] @ kernel).reshape(8, 3)
+    expected = sbn.Statistics(values.mean(0), values.var(0))
+    for i in range(8):
+        one = jax.tree.map(lambda s, i=i: s[i], statistics)
+        assert_trees_close(one, expected, num=8)
+
+
+@pytest.mark.parametrize("groups", [None, [[0], [1]]])
+def test_one_value_in_all_is_still_too_few(groups):
+    x = jnp.ones((1 if groups is None else 2, 1, 3))
+    norm = functools.partial(
+        sbn.batch_norm,
+        sampler=sbn.NaiveSampling(1),
+        axis_name="devices",
+        axis_index_groups=groups,
+    )
+    message = r"at least 2 measured values per feature, got 1 .* or pool devices"
+    with pytest.raises(ValueError, match=message):
+        jax.pmap(norm, axis_name="devices")(x)

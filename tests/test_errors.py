@@ -23,6 +23,15 @@ def linen(**options):
     return lambda x: layer.init_with_output(KEY, x)
 
 
+def linen_step(**options):
+    layer = sbn.linen.BatchNorm(use_running_average=False, **options)
+    variables = {"params": {"scale": jnp.ones(3), "bias": jnp.ones(3)}}
+    variables["batch_stats"] = {"mean": jnp.ones(3), "var": jnp.ones(3)}
+    return lambda x: layer.apply(
+        variables, x, mutable=["batch_stats"], rngs={"sampling": KEY}
+    )
+
+
 def nnx_layer(**options):
     return lambda x: sbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0), **options)(x)
 
@@ -63,6 +72,35 @@ ERRORS = {
     "fs-rows": (ROWS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
     "no-rows": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
     "no-pixels": ((8, 0, 3), measure(BS(2)), ValueError, "shape=(8, 0)", "axis`"),
+    "no-batch": ((0, 3), measure(BS(2)), ValueError, "shape=(0,)", "empty batches"),
+    "linen-no-batch": (
+        (0, 3),
+        linen_step(sampler=BS(2)),
+        ValueError,
+        "shape=(0,)",
+        "sampler=None",
+    ),
+    "linen-no-rows": (
+        (3,),
+        linen_step(sampler=NS(2)),
+        ValueError,
+        "shape=()",
+        "feature axis?",
+    ),
+    "nnx-no-rows": (
+        (3,),
+        nnx_layer(sampler=NS(2)),
+        ValueError,
+        "shape=()",
+        "feature axis?",
+    ),
+    "groups-no-rows": (
+        (3,),
+        lambda x: sbn.alternatives.ghost_batch_norm(x, num_groups=2),
+        ValueError,
+        "num_groups=2",
+        "feature axis?",
+    ),
     "no-real": (
         ROWS,
         measure(Mixed(BS(2), VDN(8))),

@@ -182,6 +182,91 @@ def test_a_training_step_on_a_lattice_takes_any_number_of_rows(images):
     assert_trees_close(call(kernel, x), step(kernel, x), num=x.size)
 
 
+@pytest.mark.parametrize("name", cases.SAMPLERS)
+def test_a_training_step_with_any_sampler_takes_any_number_of_rows(name):
+    sampler, kernel = cases.SAMPLERS[name], cases.inputs((3, 3, 3, 4), seed=1)
+    # As many values as make `min_values` say nothing, which an export leaves aside.
+    x = cases.inputs((16, 12, 8, 3), seed=2)
+
+    @jax.jit
+    def step(key, kernel, x):
+        def loss(kernel):
+            y, statistics = sbn.conv_norm(x, kernel, sampler=sampler, key=key)
+            return (y**3).mean(), statistics
+
+        return jax.value_and_grad(loss, has_aux=True)(kernel)
+
+    (rows,) = jax.export.symbolic_shape("4*b", constraints=["b >= 2"])
+    given = (KEY, kernel, jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
+    call = jax.export.export(step)(*given).call
+    assert_trees_close(call(KEY, kernel, x), step(KEY, kernel, x), num=x.size)
+
+
+NOT_KNOWN = {
+    "too few": ("b, 8, 8, 3", sbn.BatchSampling(4), "known to hold .* constraints"),
+    "all virtual": (
+        "b, 8, 8, 3",
+        sbn.MixedSampling(sbn.BatchSampling(1), sbn.VirtualSampling(1)),
+        "known to hold .* constraints",
+    ),
+    "strata": ("8*b + 1, 8, 8, 3", sbn.BatchSampling(4, strata=2), "divide both"),
+    "copies": ("b, 8, 8, 3", sbn.CopySampling(2), "divisible by num_copies"),
+    "groups": (
+        "b, 8, 8, 3",
+        sbn.FeatureSampling(1 / 4, groups=4),
+        r"known to be divisible by groups=4, got batch size b\. .*'4\*b'",
+    ),
+    "patch": ("8, b, 8, 3", sbn.FeatureSampling(1 / 4), "known extent .*one image"),
+    "lattice": ("8, 8, b, 3", sbn.LatticeSampling(), "known extent .*one image size"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_KNOWN)
+def test_what_an_export_leaves_open_and_a_sampler_has_to_know_is_named(name):
+    shape, sampler, message = NOT_KNOWN[name]
+    x = jax.ShapeDtypeStruct(jax.export.symbolic_shape(shape), "float32")
+    norm = functools.partial(sbn.batch_norm, sampler=sampler, key=KEY)
+    with pytest.raises(ValueError, match=message):
+        jax.export.export(jax.jit(norm))(x)
+
+
+SIZES = [
+    {"strides": 2},
+    {"strides": (2, 3), "padding": "SAME_LOWER"},
+    {"strides": 2, "padding": "VALID"},
+    {"padding": "REFLECT"},
+    {"padding": ((2, 1), (0, 3)), "input_dilation": 2},
+    {"kernel_dilation": 2, "strides": 2},
+]
+
+
+@pytest.mark.parametrize("options", SIZES, ids=str)
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_evaluation_takes_images_of_any_size(api, options):
+    if api == "linen":
+        layer = sbn.linen.ConvNorm(4, (3, 3), use_running_average=True, **options)
+        apply = functools.partial(layer.apply, layer.init(KEY, X))
+    else:
+        apply = sbn.nnx.ConvNorm(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+        apply.eval()
+    shape = jax.export.symbolic_shape("b, h, w", constraints=["h >= 4", "w >= 4"])
+    x = jax.ShapeDtypeStruct((*shape, 3), "float32")
+    call = jax.export.export(jax.jit(lambda x: apply(x)))(x).call
+    for size in (X.shape, (2, 9, 12, 3)):
+        x = cases.inputs(size, seed=3)
+        assert_close(call(x), apply(x), num=27)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "REFLECT"])
+def test_training_on_whole_images_takes_them_at_any_size(padding):
+    kernel = cases.inputs((3, 3, 3, 4), seed=1)
+    norm = functools.partial(sbn.conv_norm, sampler=SAMPLER, strides=2, padding=padding)
+    step = jax.jit(lambda x: norm(x, kernel, key=KEY))
+    shape = jax.export.symbolic_shape("b, h, w", constraints=["b >= 4", "h >= 4"])
+    x = jax.ShapeDtypeStruct((*shape, 3), "float32")
+    assert_trees_close(jax.export.export(step)(x).call(X), step(X), num=27)
+
+
 @pytest.mark.parametrize("kind", ["conv", "dense"])
 def test_plain_layers_of_these_names_give_the_same(kind):
     class Plain(nn.Module):

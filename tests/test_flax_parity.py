@@ -290,3 +290,33 @@ def test_nnx_checkpoints_load_both_ways(options):
             nnx.view(b, use_running_average=True)(x),
         )
         b.dense.kernel[...] = 2 * b.dense.kernel[...]
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3,), (4, 0, 3)])
+def test_the_function_without_a_sampler_takes_what_flax_takes(shape):
+    x = cases.inputs(shape)
+    theirs = nn.BatchNorm(use_running_average=False)
+    variables = theirs.init(jax.random.key(0), jnp.ones((2, 3)))
+    expected, updates = theirs.apply(variables, x, mutable=["batch_stats"])
+    y, statistics = sbn.batch_norm(x)
+    chex.assert_trees_all_equal(y, expected)
+    start = sbn.Statistics(jnp.zeros(3), jnp.ones(3))
+    running = sbn.update_running(start, statistics, 0.99)._asdict()
+    chex.assert_trees_all_close(running, updates["batch_stats"])
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 8, 3), (0, 8, 8, 3), (8, 8, 3)])
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_folded_layers_evaluate_what_flax_convolves(api, shape):
+    x = cases.inputs(shape)
+    if api == "linen":
+        layer = sbn.linen.ConvNorm(4, (3, 3), use_running_average=True)
+        variables = layer.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+        y, kernel = layer.apply(variables, x), variables["params"]["conv"]["kernel"]
+    else:
+        layer = sbn.nnx.ConvNorm(3, 4, (3, 3), epsilon=1e-5, rngs=nnx.Rngs(0))
+        layer.eval()
+        y, kernel = layer(x), layer.conv.kernel[...]
+    plain = nn.Conv(4, (3, 3), use_bias=False)
+    expected = plain.apply({"params": {"kernel": kernel}}, x)
+    chex.assert_trees_all_close(y, expected, rtol=1e-4, atol=1e-5)

@@ -95,7 +95,8 @@ class BinaryUnit(nn.Module):
             gain, mean = _branch_gain_and_mean()
             init = nn.initializers.constant(gain)
             kernel = binarize_kernel(standardize_kernel(kernel))
-            kernel *= self.param("gain", init, (self.features,))
+            gains = self.param("gain", init, (self.features,))
+            kernel *= jnp.broadcast_to(gains, shape)
         else:
             kernel = binarize_kernel(kernel)
         x = lax.conv_general_dilated(
@@ -113,7 +114,8 @@ class BinaryUnit(nn.Module):
     def _learned(self, name: str, start: float, x: jax.Array) -> jax.Array:
         """Returns a learned number for each feature of ``x``."""
         init = nn.initializers.constant(start)
-        return self.param(name, init, x.shape[-1:]).astype(x.dtype)
+        learned = self.param(name, init, x.shape[-1:]).astype(x.dtype)
+        return jnp.expand_dims(learned, range(x.ndim - 1))
 
 
 def _normalized(units: LinenUnits, x: jax.Array) -> jax.Array:

@@ -127,7 +127,9 @@ def depthwise_affine(
         ),
         feature_group_count=features,
     )
-    return y if bias is None else y + jnp.asarray(bias, dtype)
+    if bias is None:
+        return y
+    return y + jnp.broadcast_to(jnp.asarray(bias, dtype), y.shape)
 
 
 def identity_kernel(

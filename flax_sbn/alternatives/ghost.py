@@ -66,16 +66,22 @@ def ghost_batch_norm(
     groups is ours.
     """
     x = jnp.asarray(x)
-    rows = reduction_axes(x.ndim, axis)[0]
-    if not 1 <= num_groups <= x.shape[rows] or x.shape[rows] % num_groups:
-        raise ValueError(
-            f"Expected groups that divide the batch size, got {num_groups=} and batch "
-            f"size {x.shape[rows]}. Change either."
-        )
     options = {"axis": axis, **options}
     if num_groups == 1:
         return batch_norm(
             x, scale, bias, key=key, mask=mask, running=running, **options
+        )
+    axes = reduction_axes(x.ndim, axis)
+    if not axes:
+        raise ValueError(
+            f"Expected an input with rows to make groups of, got {num_groups=} and an "
+            f"input of shape {x.shape}. Is `axis` the feature axis?"
+        )
+    rows = axes[0]
+    if not 1 <= num_groups <= x.shape[rows] or x.shape[rows] % num_groups:
+        raise ValueError(
+            f"Expected groups that divide the batch size, got {num_groups=} and batch "
+            f"size {x.shape[rows]}. Change either."
         )
 
     def norm_groups(

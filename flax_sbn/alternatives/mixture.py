@@ -233,8 +233,8 @@ def _posteriors(points: jax.Array, mixture: Mixture, epsilon: float) -> jax.Arra
     x, mean = points - _center(mixture), mixture.mean - _center(mixture)
     precision = 1 / (mixture.var + epsilon)
     constant = jnp.square(mean) * precision - jnp.log(precision)
-    logs = jnp.log(_weights(mixture)) - constant.sum(1) / 2
-    logs += _matmul(x, (mean * precision).T) - _matmul(jnp.square(x), precision.T) / 2
+    logs = _matmul(x, (mean * precision).T) - _matmul(jnp.square(x), precision.T) / 2
+    logs += (jnp.log(_weights(mixture)) - constant.sum(1) / 2)[None]
     return lax.stop_gradient(jax.nn.softmax(logs))
 
 
@@ -258,8 +258,9 @@ def _measure(
     mean = jnp.where(counts > 0, first / divisor, start.mean - center)
     squares = jnp.maximum(0, second - counts * jnp.square(mean))
     # A hundredth of a point of the batch's variance: no component shrinks to a point.
-    whole, divisor = first.sum(0), jnp.maximum(total, 1)
-    whole_var = jnp.maximum(0, second.sum(0) / divisor - jnp.square(whole / divisor))
+    divisor = jnp.maximum(total, 1)
+    first, second = (s.sum(0, keepdims=True) / divisor for s in (first, second))
+    whole_var = jnp.maximum(0, second - jnp.square(first))
     var = (squares + 0.01 * whole_var) / (counts + 0.01)
     fitted = Mixture(start.step + 1, num / divisor, mean + center, var)
     return jax.tree.map(lambda f, s: jnp.where(total > 0, f, s), fitted, start)
@@ -286,13 +287,14 @@ def _split(
     if where is None:
         where = jnp.ones((len(points), 1), bool)
     num_components = len(initial.weight)
-    alike = jnp.broadcast_to(where / num_components, (len(points), num_components))
+    alike = jnp.where(where, points.dtype.type(1 / num_components), 0)
+    alike = jnp.broadcast_to(alike, (len(points), num_components))
     whole = _measure(points, alike, initial, where, axis_name)
-    std = jnp.sqrt(whole.var[0] + epsilon)
-    x = jnp.where(where, (points - whole.mean[0]) / std, 0)
+    std = jnp.sqrt(whole.var[:1] + epsilon)
+    x = jnp.where(where, (points - whole.mean[:1]) / std, 0)
 
     # Power iteration, from a direction that no data are likely to be orthogonal to.
-    direction = jax.random.normal(jax.random.key(0), std.shape, x.dtype)
+    direction = jax.random.normal(jax.random.key(0), x.shape[1:], x.dtype)
     for _ in range(4):
         direction = _total(_matmul(x.T, _matmul(x, direction)), axis_name)
         direction *= lax.rsqrt(jnp.maximum(jnp.square(direction).sum(), 1e-30))
@@ -302,7 +304,7 @@ def _split(
     order = jnp.sort(order.ravel())
     num = (order < jnp.inf).sum()
     bounds = order[jnp.arange(1, num_components) * num // num_components]
-    part = (along[:, None] >= bounds).sum(1)
+    part = (along[:, None] >= bounds[None]).sum(1)
     posteriors = jax.nn.one_hot(part, num_components, dtype=x.dtype)
     split = _measure(points, posteriors, whole, where, axis_name)
     return jax.tree.map(lambda s, i: s.astype(i.dtype), split, initial)
@@ -326,7 +328,7 @@ def _weights(mixture: Mixture) -> jax.Array:
 
 def _center(mixture: Mixture) -> jax.Array:
     weights = _weights(mixture)[:, None]
-    return (weights * mixture.mean).sum(0) / weights.sum()
+    return (weights * mixture.mean).sum(0, keepdims=True) / weights.sum()
 
 
 def _flat(mixture: Mixture) -> Mixture:

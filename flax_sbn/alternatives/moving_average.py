@@ -241,7 +241,8 @@ def center_kernel(kernel: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Ar
             f"shape {kept.shape}."
         )
     values = wide(kernel)
-    mean = values.sum(axes, where=kept) / jnp.maximum(kept.sum(axes), 1)
+    fan_in = kept.sum(axes, dtype=values.dtype, keepdims=True)
+    mean = values.sum(axes, where=kept, keepdims=True) / jnp.maximum(fan_in, 1)
     return jnp.where(kept, values - mean, 0).astype(kernel.dtype)
 
 

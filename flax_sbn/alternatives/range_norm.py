@@ -106,7 +106,7 @@ def range_moments(
     factor = 0.35 / 2 * (1 + math.sqrt(math.pi * math.log(4)))
     factors = factor / jnp.sqrt(2 * jnp.log(jnp.maximum(counts, 2)))
     ranges = jnp.where(spans, factors * (high.max(1) - low.min(1)), 0)
-    std = ranges.sum(0) / jnp.maximum(spans.sum(0), 1) + epsilon
+    std = ranges.sum(0) / jnp.maximum(spans.sum(0, dtype=x.dtype), 1) + epsilon
     return Moments(jnp.where(spans.any(0), num, 0), mean, variance_of(std, epsilon))
 
 

@@ -81,12 +81,17 @@ def standardize_kernel(
     axes = tuple(range(kernel.ndim - 1))
     values = wide(kernel)
     kept = jnp.ones(kernel.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    fan_in = jnp.maximum(kept.sum(axes), 1)
-    centered = jnp.where(kept, values - values.sum(axes, where=kept) / fan_in, 0)
-    y = centered * lax.rsqrt(jnp.maximum(jnp.square(centered).sum(axes), epsilon))
+    fan_in = jnp.maximum(kept.sum(axes, dtype=values.dtype, keepdims=True), 1)
+    mean = values.sum(axes, where=kept, keepdims=True) / fan_in
+    centered = jnp.where(kept, values - mean, 0)
+    squares = jnp.square(centered).sum(axes, keepdims=True)
+    y = centered * lax.rsqrt(jnp.maximum(squares, epsilon))
     if gain is None:
         return y.astype(canonicalize_dtype(kernel))
-    return (y * jnp.asarray(gain)).astype(canonicalize_dtype(kernel, gain))
+    gain = jnp.asarray(gain)
+    return (y * jnp.broadcast_to(gain, y.shape)).astype(
+        canonicalize_dtype(kernel, gain)
+    )
 
 
 def activation_gain(activation: Activation) -> float:

@@ -279,7 +279,7 @@ def _to_normalized(
     mean, std, q = _normalization(kernel, bias, inputs, relative_epsilon, epsilon)
     if bias is None:
         return (kernel / (std * q)).astype(kernel.dtype), None
-    scaled = (kernel - mean * bias) / (std * q)
+    scaled = (kernel - mean * jnp.broadcast_to(bias, kernel.shape)) / (std * q)
     return scaled.astype(kernel.dtype), (bias / q).astype(bias.dtype)
 
 
@@ -306,10 +306,11 @@ def _normalization(
     relative_epsilon: float,
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns mean and standard deviation, ``(I, 1)``, and the factor ``q``."""
+    """Returns mean and deviation, ``(*1, I, 1)``, and the factor ``q``."""
     *fan_in, _ = kernel.shape
     _check_fit(inputs, tuple(fan_in[-1:]), "the kernel")
-    mean, var = inputs.mean[:, None], inputs.var[:, None]
+    others = (*range(kernel.ndim - 2), kernel.ndim - 1)
+    mean, var = (jnp.expand_dims(s, others) for s in (inputs.mean, inputs.var))
     if bias is None:
         var = var + mean**2
     var = var + relative_epsilon * var.max(initial=0.0) + epsilon

@@ -162,7 +162,7 @@ def test_the_likelihood_is_largest_at_mean_and_variance(x64):
 
 
 def test_gradient_descent_finds_mean_and_standard_deviation(x64):
-    x = cases.inputs((64, 3), "float64") * jnp.array([0.25, 0.5, 1.0])
+    x = cases.inputs((64, 3), "float64") * jnp.array([[0.25, 0.5, 1.0]])
     parameters = (jnp.zeros(3), jnp.zeros(3))
     tx = optax.sgd(0.05)
 

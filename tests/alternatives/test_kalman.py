@@ -267,7 +267,8 @@ def test_sums_add_means_and_variances_and_fill_up_with_zeros():
 
 
 def test_sums_of_independent_arrays_have_these_statistics():
-    a, b = jax.random.normal(KEY, (2, 1, 256, 256, 2)) * jnp.array([1.0, 3.0]) + 2
+    std = jnp.array([1.0, 3.0]).reshape(1, 1, 1, 1, 2)
+    a, b = jax.random.normal(KEY, (2, 1, 256, 256, 2)) * std + 2
     summed = sbn.batch_statistics(a + b)
     found = add_statistics(sbn.batch_statistics(a), sbn.batch_statistics(b))
     np.testing.assert_allclose(found.mean, summed.mean, rtol=1e-4)

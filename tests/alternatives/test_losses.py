@@ -163,7 +163,8 @@ def expected_losses(hidden):
     """The losses of a first layer that has started from ``hidden``."""
     mean, log_scale = batchless_init(hidden)
     nll = batchless_nll(hidden, mean, log_scale)
-    normal = (hidden - mean) / jnp.sqrt(jnp.exp(2 * log_scale) + 1e-5)
+    std = jnp.sqrt(jnp.exp(2 * log_scale) + 1e-5)
+    normal = (hidden - mean[None]) / std[None]
     return nll, 0.1 * shade(normal, shade_init(hidden.shape[1:]))
 
 

@@ -121,7 +121,7 @@ def test_huge_activations_stay_finite(dtype, size, signs):
 
 def test_what_is_masked_counts_for_nothing():
     x, means = given((8, 4, 3), -1)
-    mask = (jnp.arange(8) < 5)[:, None, None] & jnp.array([True, True, False])
+    mask = (jnp.arange(8) < 5)[:, None, None] & jnp.array([[[True, True, False]]])
     hidden = jnp.where(mask, x, jnp.nan)
     kept = slice(None), slice(2)
     loss, gradient = VALUE_AND_GRADIENT(hidden, means, mask=mask)

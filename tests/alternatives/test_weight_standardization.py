@@ -95,7 +95,9 @@ def test_gradients_are_those_of_finite_differences(size, masked, x64):
     kernel = size * cases.inputs(shape, "float64")
     gain = cases.inputs(shape[-1:], "float64", seed=1)
     mask = some_mask(shape) if masked else None
-    total = float(np.square(kernel - kernel.mean((0, 1))).sum((0, 1)).min())
+    total = float(
+        np.square(kernel - kernel.mean((0, 1), keepdims=True)).sum((0, 1)).min()
+    )
     assert (total > 1e-4) == (size == 1.0)
     function = jax.jit(functools.partial(standardize_kernel, mask=mask))
     check_grads(function, (kernel, gain), 2, "rev", eps=1e-5 * size, rtol=1e-4)

@@ -148,10 +148,11 @@ def test_a_step_is_one_of_the_network_with_normalized_inputs(window, has_bias, x
         if bias is None:
             mean, var = jnp.zeros(3), var + mean**2
         std = jnp.sqrt(var + 1e-2 * var.max() + 1e-4)
-        hat_kernel, hat_bias = kernel * std[:, None], bias
+        hat_bias = bias
+        hat_kernel = kernel * jnp.broadcast_to(std[:, None], kernel.shape)
         if bias is not None:
             hat_bias = bias + jnp.tensordot(mean, kernel.sum(range(len(window))), 1)
-        normalized = (x - mean) / std
+        normalized = sbn.normalize(x, sbn.Statistics(mean, std**2), epsilon=0.0)
         return (
             layer(x, kernel, bias),
             layer(normalized, hat_kernel, hat_bias),
