@@ -233,7 +233,7 @@ def obstacle(
     if not _is_traced(x):
         return "not compiled: the layer before would run twice"
     if product is None:
-        return "its input is no convolution's or dense layer's very output"
+        return "its input is no layer's very own output"
     if axis not in (-1, x.ndim - 1):
         return "its features are not last"
     if not needs_key(sampler):
