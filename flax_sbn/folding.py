@@ -92,7 +92,8 @@ def fold(
     Args:
       kernel: ``(..., C)``, of a convolution or dense layer without bias.
       statistics: mean and variance of the layer's output, ``(C,)``; for inference and
-        export, the running ones.
+        export, the running ones. Of several layers that are stacked along leading axes
+        those of each, ``(*stack, C)``, as all other arguments.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
       epsilon: added to the variance.
@@ -101,7 +102,8 @@ def fold(
       Kernel ``(..., C)`` and bias ``(C,)``, in the dtype of the statistics or wider.
 
     Raises:
-      ValueError: if scale, bias or the statistics have another shape than ``(C,)``.
+      ValueError: if scale, bias or the statistics have another shape than ``(C,)``, or
+        than the kernel's stack and features.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,16 +117,22 @@ def fold(
     1712.05877, for inference. In training, with sampled statistics, it is ours.
     """
     kernel = jnp.asarray(kernel)
-    _check_features(kernel, **statistics._asdict(), scale=scale, bias=bias)
-    return fold_kernel(kernel, statistics, scale, bias, epsilon=epsilon)
+    stack = jnp.ndim(statistics.mean) - 1
+    given = {**statistics._asdict(), "scale": scale, "bias": bias}
+    _check_features(kernel, stack, **given)
+    function = functools.partial(fold_kernel, epsilon=epsilon)
+    for _ in range(stack):
+        function = jax.vmap(function)
+    return function(kernel, statistics, scale, bias)
 
 
-def _check_features(kernel: jax.Array, **given: ArrayLike | None) -> None:
+def _check_features(kernel: jax.Array, stack: int, **given: ArrayLike | None) -> None:
     """Raises a ValueError if an array has not one number for each output feature."""
+    shape = (*kernel.shape[:stack], *kernel.shape[-1:])
     for name, value in given.items():
-        if value is not None and jnp.shape(value) != kernel.shape[-1:]:
+        if value is not None and jnp.shape(value) != shape:
             raise ValueError(
-                f"Expected {name} of shape {kernel.shape[-1:]}, got {name} of shape "
+                f"Expected {name} of shape {shape}, got {name} of shape "
                 f"{jnp.shape(value)} for a kernel of shape {kernel.shape}. Is "
                 "the kernel's last axis that of the output features?"
             )
@@ -421,7 +429,7 @@ def _linear_norm(
     correct = correct or correction(running_weight, epsilon)
     x, _ = promote_dtype(x, kernel, dtype=dtype)
     given_statistics = {} if statistics is None else statistics._asdict()
-    _check_features(kernel, **given_statistics, scale=scale, bias=bias)
+    _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)
     scale, bias = varying_like(x, (scale, bias))
     kernel = varying_like(x, kernel, x.dtype)  # as unfolded layers send its gradient
     narrow = round_to(kernel, x.dtype)

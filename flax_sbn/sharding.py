@@ -1,7 +1,7 @@
 """Arrays whose type says how they are laid out over devices, or vary between them."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,6 +43,16 @@ def laid_out_by_xla(
             lambda like: sharding if like else everywhere, like_x
         ),
     )(x, *args)
+
+
+def names_of_features(names: Sequence[Any], stack: int) -> tuple[Any, ...]:
+    """Returns the axes of a mesh for a bias, given those for its kernel.
+
+    Args:
+      names: for the kernel's axes, ``(*stack, ..., C)``.
+      stack: the number of axes along which layers are stacked.
+    """
+    return (*names[:stack], *names[-1:])
 
 
 def varying_like(x: jax.Array, tree: Any, dtype: DTypeLike | None = None) -> Any:

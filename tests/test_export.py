@@ -10,6 +10,8 @@ import jax.export
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from tests import cases
@@ -337,3 +339,190 @@ def test_a_bias_beside_a_norm_is_refused():
     variables["params"]["conv"]["bias"] = jnp.zeros(4)
     with pytest.raises(ValueError, match="got conv/bias and norm"):
         layer.apply(variables, x, use_running_average=True)
+
+
+class Stacked(nn.Module):
+    """Layers along leading axes of their variables."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer = functools.partial(
+            sbn.linen.ConvNorm, 3, (3, 3), use_running_average=True
+        )
+        if self.kind == "vmap":
+            each = {"params": 0, "batch_stats": 0}
+            ensemble = nn.vmap(
+                sbn.linen.ConvNorm,
+                variable_axes=each,
+                split_rngs={"params": True},
+                in_axes=None,
+                axis_size=2,
+            )
+            return ensemble(3, (3, 3), use_running_average=True)(x)
+        if self.kind == "remat":
+            return nn.remat(nn.jit(sbn.linen.ConvNorm))(
+                3, (3, 3), use_running_average=True
+            )(x)
+        if self.kind == "weight":
+            return nn.WeightNorm(layer())(x)
+        if self.kind == "spectral":
+            return nn.SpectralNorm(layer())(x, update_stats=False)
+        axes = {
+            "scan": {"params": 0, "batch_stats": 0},
+            "scan-one-statistics": {"params": 0},
+            "scan-behind": {"params": 1, "batch_stats": 1},
+        }[self.kind]
+        scan = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes=axes,
+            variable_broadcast=False if "batch_stats" in axes else "batch_stats",
+            split_rngs={"params": True},
+            length=2,
+        )
+        return scan(layer(), x, None)[0]
+
+
+def stacked(kind):
+    model = Stacked(kind)
+    variables = model.init(KEY, X)
+    return model, jax.tree.map(
+        lambda v: v + abs(cases.inputs(v.shape, seed=1)) / 8, variables
+    )
+
+
+@pytest.mark.parametrize("kind", ["scan", "scan-one-statistics", "vmap", "remat"])
+def test_layers_of_lifted_transformations_are_folded_where_they_are(kind):
+    model, variables = stacked(kind)
+    exported = sbn.linen.fold_variables(model, variables, example_inputs=(X,))
+    assert exported.keys() == {"params"}
+    assert_close(model.apply(exported, X), model.apply(variables, X), num=54)
+
+
+@pytest.mark.parametrize("kind", ["weight", "spectral"])
+def test_a_wrapper_that_changes_kernels_is_named(kind):
+    model, variables = stacked(kind)
+    message = r"see their variables as they are stored, .*params/ConvNorm_0/conv/kernel"
+    with pytest.raises(ValueError, match=message):
+        sbn.linen.fold_variables(model, variables, X)
+    wrapper = {"weight": nnx.WeightNorm, "spectral": nnx.SpectralNorm}[kind]
+    rngs = nnx.Rngs(0)
+    wrapped = wrapper(sbn.nnx.ConvNorm(3, 3, (3, 3), rngs=rngs), rngs=rngs)
+    with pytest.raises(ValueError, match=r"as they are stored, got layers in \w+Norm"):
+        sbn.nnx.fold_model(wrapped)
+
+
+def test_layers_that_are_stacked_along_other_axes_are_refused():
+    model, variables = stacked("scan-behind")
+    with pytest.raises(
+        ValueError, match=r"leading axes, got .* variable_axes to the f"
+    ):
+        sbn.linen.fold_variables(model, variables, X)
+
+
+def test_an_nnx_ensemble_is_folded_over_its_leading_axis():
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap
+    def make(rngs):
+        return sbn.nnx.ConvNorm(3, 4, (3, 3), rngs=rngs)
+
+    @nnx.vmap(in_axes=(0, None))
+    def call(model, x):
+        return model(x)
+
+    models = make(nnx.Rngs(0))
+    models.norm.mean[...] = cases.inputs((2, 4))
+    models.eval()
+    exported = sbn.nnx.fold_model(models)
+    assert exported.conv.bias.shape == (2, 4)
+    assert_close(call(exported, X), call(models, X), num=27)
+
+
+def test_nnx_layers_that_share_a_kernel_are_refused():
+    class Shared(nnx.Module):
+        def __init__(self, rngs):
+            self.one, self.two = (
+                sbn.nnx.ConvNorm(3, 3, (3, 3), rngs=rngs) for _ in range(2)
+            )
+            self.two.conv = self.one.conv
+
+    with pytest.raises(ValueError, match=r"a kernel for each norm, .* share one"):
+        sbn.nnx.fold_model(Shared(nnx.Rngs(0)))
+
+
+def test_outputs_that_are_not_what_they_were_are_noticed_with_example_inputs():
+    class Reads(nn.Module):
+        """Uses the kernel of its layer once more."""
+
+        @nn.compact
+        def __call__(self, x):
+            layer = sbn.linen.ConvNorm(3, (1, 1), use_running_average=True)
+            kernel = layer.variables.get("params", {}).get("conv", {}).get("kernel", 0)
+            return layer(x) + jnp.sum(kernel)
+
+    model = Reads()
+    variables = jax.tree.map(lambda v: v + 0.5, model.init(KEY, X))
+    sbn.linen.fold_variables(model, variables, X)
+    with pytest.raises(
+        ValueError, match=r"Expected the outputs of before .* differ by"
+    ):
+        sbn.linen.fold_variables(model, variables, example_inputs=(X,))
+
+    class NnxReads(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = sbn.nnx.ConvNorm(3, 3, (1, 1), rngs=rngs)
+
+        def __call__(self, x):
+            return self.layer(x) + self.layer.conv.kernel.sum()
+
+    reads = NnxReads(nnx.Rngs(0))
+    reads.layer.norm.var[...] = jnp.full(3, 4.0)
+    reads.eval()
+    with pytest.raises(
+        ValueError, match=r"Expected the outputs of before .* differ by"
+    ):
+        sbn.nnx.fold_model(reads, example_inputs=(X,))
+    sbn.nnx.fold_model(trained_nnx(), example_inputs=(X,))
+
+
+@pytest.mark.parametrize(
+    "partition", [nn.with_partitioning, nn.with_logical_partitioning]
+)
+@pytest.mark.parametrize("boxed", ["kernel", "bias", "both"])
+def test_how_parameters_are_divided_stays(partition, boxed):
+    options = {}
+    if boxed != "bias":
+        axes = (None, None, "in", "out")
+        options["kernel_init"] = partition(nn.initializers.lecun_normal(), axes)
+    if boxed != "kernel":
+        options["bias_init"] = partition(nn.initializers.zeros, ("mine",))
+    layer = sbn.linen.ConvNorm(4, (3, 3), use_running_average=True, **options)
+    variables = layer.init(KEY, X)
+    exported = sbn.linen.fold_variables(layer, variables, example_inputs=(X,))
+    before, after = (
+        nn.get_partition_spec(v)["params"]["conv"] for v in (variables, exported)
+    )
+    assert after["kernel"] == before["kernel"]
+    assert after["bias"] == P("out" if boxed == "kernel" else "mine")
+    assert jax.tree.map(jnp.shape, nn.unbox(exported))["params"]["conv"]["bias"] == (4,)
+
+
+@pytest.mark.parametrize("boxed", ["kernel", "bias", "both", "none"])
+def test_nnx_metadata_of_kernels_stays(boxed):
+    options = {}
+    if boxed in ("kernel", "both"):
+        axes = (None, None, "in", "out")
+        init = nnx.with_partitioning(nnx.initializers.lecun_normal(), axes)
+        options["kernel_init"] = init
+    if boxed in ("bias", "both"):
+        options["bias_init"] = nnx.with_partitioning(nnx.initializers.zeros, ("mine",))
+    mesh = jax.make_mesh((1, 2, 4), ("in", "out", "mine"), (AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        layer = sbn.nnx.ConvNorm(3, 4, (3, 3), rngs=nnx.Rngs(0), **options)
+        conv = sbn.nnx.fold_model(layer).conv
+    kept = layer.conv.kernel.get_metadata("out_sharding", None)
+    assert conv.kernel.get_metadata("out_sharding", None) == kept
+    expected = {"kernel": ("out",), "none": ()}.get(boxed, ("mine",))
+    assert tuple(conv.bias.get_metadata("out_sharding", None) or ()) == expected
+    assert conv.bias[...].sharding.is_fully_replicated == (boxed == "none")

@@ -1,28 +1,40 @@
 """Trained nnx models without a norm: plain convolutions with a bias."""
 
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
+import jax
 from flax import nnx
 
 from flax_sbn.folding import fold
+from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.conv_norm import ConvNorm
 from flax_sbn.nnx.dense_norm import DenseNorm
+from flax_sbn.same_outputs import check_same_outputs
+from flax_sbn.sharding import names_of_features
 
 M = TypeVar("M", bound=nnx.Module)
 
 
-def fold_model(model: M) -> M:
+def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
     r"""Folds the running statistics of a model's layers into their kernels for good.
+
+    Layers that ``nnx.vmap`` stacked along leading axes stay stacked. Metadata that says
+    how kernels are divided among devices stays, and the biases get that of their
+    features.
 
     Args:
       model: a trained model; it is left as it is.
+      example_inputs: if given, the model, at evaluation, is called with them before and
+        after, and the outputs are compared.
 
     Returns:
       A copy in which every :class:`ConvNorm` and :class:`DenseNorm` has a kernel, a
       bias and no norm: it gives the outputs of the model's evaluation.
 
     Raises:
-      ValueError: if the model has no layer that can be folded.
+      ValueError: if the model has no layer that can be folded, a wrapper such as
+        :class:`flax.nnx.WeightNorm` changes the kernel of one, layers share a kernel,
+        or outputs are not what they were.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -39,28 +51,64 @@ def fold_model(model: M) -> M:
     1712.05877.
     """
     copy = nnx.clone(model)
-    layers = [
-        layer
-        for _, layer in nnx.iter_modules(copy)
-        if isinstance(layer, ConvNorm | DenseNorm)
-    ]
+    layers = _layers(copy)
     if not layers:
         raise ValueError(
             f"Expected a model with ConvNorm or DenseNorm layers, got {type(model)}. "
             "BatchNorm layers have no convolution to fold into."
         )
-    for layer in layers:
-        if layer.norm is None:
-            continue
-        linear = layer.conv if isinstance(layer, ConvNorm) else layer.dense
+    for wrapper in _modules(copy, nnx.WeightNorm, nnx.SpectralNorm):
+        if _layers(wrapper):
+            raise ValueError(
+                "Expected layers that see their kernels as they are stored, got layers "
+                f"in {type(wrapper).__name__}. Store the kernels that it makes, take it"
+                " off, and fold then."
+            )
+    unfolded = [(_linear(layer), layer) for layer in layers if layer.norm is not None]
+    if len({id(linear.kernel) for linear, _ in unfolded}) < len(unfolded):
+        raise ValueError(
+            "Expected a kernel for each norm, got layers that share one. Give each "
+            "layer a copy, and fold then."
+        )
+    for linear, layer in unfolded:
+        assert layer.norm is not None
         kernel, bias = fold(
             linear.kernel[...],
             layer.norm._running(),
             *layer.norm._affine(),
             epsilon=layer.norm.epsilon,
         )
-        linear.kernel = nnx.Param(kernel)
-        linear.bias = nnx.Param(bias)
+        linear.bias = _bias(bias, linear.kernel, layer.norm)
+        linear.kernel = cast(nnx.Param[jax.Array], linear.kernel.replace(kernel))
         linear.use_bias = True
         layer.norm = nnx.data(None)
+    if example_inputs is not None:
+        assert callable(model)
+        assert callable(copy)
+        check_same_outputs(model, copy, example_inputs)
     return copy
+
+
+def _modules(model: nnx.Module, *kinds: type[Any]) -> list[Any]:
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, kinds)]
+
+
+def _layers(model: nnx.Module) -> list[ConvNorm | DenseNorm]:
+    return _modules(model, ConvNorm, DenseNorm)
+
+
+def _linear(layer: ConvNorm | DenseNorm) -> nnx.Conv | nnx.Linear:
+    return layer.conv if isinstance(layer, ConvNorm) else layer.dense
+
+
+def _bias(
+    bias: jax.Array, kernel: nnx.Param[jax.Array], norm: BatchNorm
+) -> nnx.Param[jax.Array]:
+    """Returns a parameter divided as the norm's, or as the features of the kernel."""
+    for param in (norm.bias, norm.scale):
+        if param is not None and param.get_metadata("out_sharding", None) is not None:
+            return cast(nnx.Param[jax.Array], param.replace(bias))
+    names = kernel.get_metadata("out_sharding", None)
+    if names is None:
+        return nnx.Param(bias)
+    return nnx.Param(bias, out_sharding=names_of_features(names, bias.ndim - 1))
