@@ -22,6 +22,10 @@ from flax_sbn.statistics import (
     reduction_axes,
 )
 
+# Where a norm keeps what it has measured. While it is there, no layer folds: all of its
+# output is wanted.
+ALL_INPUTS = "all_inputs"
+
 Path = tuple[Any, ...]
 State = TypeVar("State")
 
@@ -81,7 +85,7 @@ def add_call(
     axes = reduction_axes(x.ndim, norm.axis)
     if mask is not None:
         mask = broadcast_mask(mask, x.shape)
-    measure: Measure = getattr(norm, "measure", mean_and_var)
+    measure: Measure = getattr(norm, "_measure", mean_and_var)
 
     def added(
         x: jax.Array, mask: jax.Array | None, before: Measured, running: Statistics

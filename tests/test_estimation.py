@@ -367,8 +367,8 @@ class NNXScanned(nnx.Module):
                 FEATURES,
                 (1, 1),
                 kernel_init=lambda _, shape, dtype: KERNEL.reshape(shape),
-                use_scale=False,
-                use_bias=False,
+                norm_scale=False,
+                norm_bias=False,
                 rngs=rngs,
             )
 
@@ -500,7 +500,10 @@ def test_derived_norms_are_measured_where_they_call_ours(estimate, model):
 
 
 def masked(x):
-    return jnp.arange(4)[:, None] < 1 + jnp.arange(len(x))[:, None, None, None] % 4
+    return (
+        jnp.arange(4)[None, None, :, None]
+        < 1 + jnp.arange(len(x))[:, None, None, None] % 4
+    )
 
 
 @pytest.mark.parametrize(

@@ -519,3 +519,18 @@ def test_relu_stays_fused_by_every_name():
 
     assert "optimization_barrier" in program(model)
     assert "optimization_barrier" not in program(other)
+
+
+def test_running_statistics_are_estimated_as_those_of_the_plain_model():
+    batches = [inputs(), 2 + inputs()]
+    variables = Block().init(jax.random.key(0), batches[0])
+    plain, switched = (
+        sbn.linen.estimate_statistics(model, variables, batches)
+        for model in (Block(), sbn.linen.sample_norms(Block()))
+    )
+    jax.tree.map(np.testing.assert_array_equal, plain, switched)
+    net, other = NNXBlock(), sbn.nnx.sample_norms(NNXBlock())
+    for model in (net, other):
+        sbn.nnx.estimate_statistics(model, batches)
+    np.testing.assert_array_equal(net.norm.mean[...], other.norm.mean[...])
+    np.testing.assert_array_equal(net.norm.var[...], other.norm.var[...])

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.estimation import ALL_INPUTS
 from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.linen.keys import draw_key
 from flax_sbn.renormalization import renormalize
@@ -197,7 +198,8 @@ class BatchNorm(nn.BatchNorm):
     @nn.nowrap
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
-        return self.sampler is not None and self.ghost_groups == 1
+        wanted = self.has_variable("batch_stats", ALL_INPUTS)
+        return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
     @nn.nowrap
     def _as_flax(self) -> bool:

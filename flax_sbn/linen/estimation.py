@@ -10,6 +10,7 @@ from flax.core.scope import CollectionFilter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_sbn.estimation import (
+    ALL_INPUTS,
     Measured,
     Path,
     add_call,
@@ -17,10 +18,9 @@ from flax_sbn.estimation import (
     nothing_measured,
     over_batches,
 )
-from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
-_STATS, _RUNNING, _MEASURED = "batch_stats", ("mean", "var"), "all_inputs"
+_STATS, _RUNNING, _MEASURED = "batch_stats", ("mean", "var"), ALL_INPUTS
 
 
 def estimate_statistics(
@@ -155,8 +155,6 @@ def _measure(
     context: nn.module.InterceptorContext,
 ) -> Any:
     layer = context.module
-    if isinstance(layer, BatchNorm) and context.method_name == "folds":
-        return False  # so that there is an input to measure
     if not isinstance(layer, nn.BatchNorm) or context.method_name != "__call__":
         return call(*args, **kwargs)
 

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.estimation import ALL_INPUTS
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.keys import draw_key, fork_stream
 from flax_sbn.renormalization import renormalize
@@ -206,7 +207,8 @@ class BatchNorm(nnx.BatchNorm):
 
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
-        return self.sampler is not None and self.ghost_groups == 1
+        wanted = hasattr(self, ALL_INPUTS)
+        return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
     def _as_flax(self) -> bool:
         """Whether training is that of flax's own layer."""

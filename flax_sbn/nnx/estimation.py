@@ -137,8 +137,4 @@ def _measuring_base(base: Any) -> type:
             self.all_inputs.set_value(add_call(self, args, kwargs, before, running))
             return y
 
-        def folds(self) -> bool:
-            """Whether there is no input to measure."""
-            return False
-
     return Measuring

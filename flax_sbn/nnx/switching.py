@@ -243,7 +243,8 @@ class _Norm(BatchNorm):
             switching.note(self.path, "plain", reason="no spatial axes to sample from")
             return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
         product = switching.product_of(x)
-        why_not = switching.obstacle(product, x, self.axis, self.sampler, self.fold)
+        fold = self.fold and self._folds()
+        why_not = switching.obstacle(product, x, self.axis, self.sampler, fold)
         if why_not or product is None:
             switching.note(self.path, "sampled", reason=why_not)
             return super().__call__(x, use_running_average, mask=mask)
