@@ -34,6 +34,16 @@ class Statistics(NamedTuple):
     var: jax.Array
 
 
+def _flatten(statistics: Statistics) -> tuple[tuple[jax.Array, ...], None]:
+    return tuple(statistics), None
+
+
+# Numbered in paths of trees, not named: nnx.tabulate fails on named tuples.
+jax.tree_util.register_pytree_node(
+    Statistics, _flatten, lambda _, arrays: Statistics(*arrays)
+)
+
+
 class Moments(NamedTuple):
     """Statistics, and how many values per feature they come from, each ``(C,)``."""
 

@@ -22,6 +22,10 @@ from flax_sbn.statistics import (
     update_running,
 )
 
+# As it is now: nnx.tabulate and nnx.capture replace it where flax's own layer is in the
+# model as well, and would take it for a call of its own.
+_flax_call = nnx.BatchNorm.__call__
+
 
 class BatchNorm(nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
@@ -122,7 +126,7 @@ class BatchNorm(nnx.BatchNorm):
             evaluate = self.use_running_average
         running = self._running()
         if self._as_flax() or evaluate or evaluate is None:
-            y = super().__call__(x, use_running_average, mask=mask)
+            y = _flax_call(self, x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
                 self._keep(keep_unmeasured(self._running(), running))
             return y

@@ -18,6 +18,9 @@ from flax_sbn.alternatives.moving_average import (
 from flax_sbn.nnx import parameters
 from flax_sbn.normalization import normalize
 
+# Not captured or tabulated a second time; see BatchNorm.
+_conv_call = nnx.Conv.__call__
+
 
 class OverwriteWithGradient(nnx.Variable[Any]):
     """A variable whose gradient is its next value; linen has a collection of the name.
@@ -201,7 +204,7 @@ class CenteredConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
-        return nnx.Conv.__call__(_centered(self), inputs, *args, **options)
+        return _conv_call(_centered(self), inputs, *args, **options)
 
 
 def _centered(layer: Any) -> Any:

@@ -8,6 +8,9 @@ from flax import nnx
 
 from flax_sbn.alternatives.weight_standardization import standardize_kernel
 
+# Not captured or tabulated a second time; see BatchNorm.
+_conv_call, _linear_call = nnx.Conv.__call__, nnx.Linear.__call__
+
 
 class WSConv(nnx.Conv):
     r"""Convolution with scaled weight standardization.
@@ -63,7 +66,7 @@ class WSConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
-        return nnx.Conv.__call__(_standardized(self), inputs, *args, **options)
+        return _conv_call(_standardized(self), inputs, *args, **options)
 
 
 class WSDense(nnx.Linear):
@@ -112,7 +115,7 @@ class WSDense(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(*batch, I)``, as :class:`flax.nnx.Linear`."""
-        return nnx.Linear.__call__(_standardized(self), inputs, *args, **options)
+        return _linear_call(_standardized(self), inputs, *args, **options)
 
 
 def _standardized(layer: Any) -> Any:
