@@ -153,8 +153,11 @@ def _jet(
     primals: Sequence[Any], series: Sequence[Any], **params: Any
 ) -> tuple[list[jax.Array], list[list[jax.Array]]]:
     n = params["num_constants"]
-    if any(jnp.issubdtype(c.dtype, jnp.inexact) for c in primals[:n]):
-        raise NotImplementedError("a series of constants in which nothing is linear")
+    if any(jnp.issubdtype(jnp.result_type(c), jnp.inexact) for c in primals[:n]):
+        raise NotImplementedError(
+            "Expected whole numbers as constants of a linear function in a Taylor "
+            "series, got floats. Nest jax.jvp instead."
+        )
     results = _linear_p.bind(*primals, **params)
     terms = [
         _linear_p.bind(*primals[:n], *xs, **params)
@@ -171,7 +174,7 @@ def _lower(
 
 
 ad.primitive_jvps[_linear_p] = _jvp
-jet.jet_rules[_linear_p] = _jet
+jet.jet_rules.update({_linear_p: _jet})
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 for _platform in ("cpu", "cuda", "rocm", "tpu"):

@@ -1,6 +1,7 @@
 """Every option of flax's layers is offered by the folded ones, and reaches them."""
 
 import dataclasses
+import functools
 import inspect
 
 import chex
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 import flax_sbn as sbn
+from tests import cases
 
 
 def fields(cls):
