@@ -174,7 +174,8 @@ def _lower(
 
 
 ad.primitive_jvps[_linear_p] = _jvp
-jet.jet_rules.update({_linear_p: _jet})
+_jet_rules: dict[Any, Any] = jet.jet_rules
+_jet_rules[_linear_p] = _jet
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 for _platform in ("cpu", "cuda", "rocm", "tpu"):
