@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flax_sbn.sampling import check_positive
+from flax_sbn.arguments import check_positive
 from flax_sbn.sharding import laid_out_by_xla
 
 

@@ -160,6 +160,15 @@ def refuse_options(**given: object) -> None:
             )
 
 
+def check_input_features(x: jax.Array, in_features: int) -> None:
+    """Raises a ValueError if an input has other features than a kernel reads."""
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"Expected an input of {in_features} features, which the kernel reads, got "
+            f"an input of shape {x.shape}. Features are last; is in_features right?"
+        )
+
+
 def conv_norm(
     x: ArrayLike,
     kernel: ArrayLike,
@@ -207,7 +216,7 @@ def conv_norm(
       key: random key, for samplers that draw positions.
       activation: of the sum. :func:`jax.nn.relu` is replaced by :func:`relu`, which is
         the same function and stays fused.
-      residual: added before the activation, of the output's shape.
+      residual: added before the activation, of the output's shape; cast to its dtype.
       strides: of the window, an int or one an axis.
       padding: ``'SAME'``, ``'SAME_LOWER'``, ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``,
         ``'CAUSAL'``, an int, or an int or pair an axis.
@@ -249,6 +258,7 @@ def conv_norm(
             f"extent for each spatial axis, got input of shape {x.shape} and kernel of "
             f"shape {kernel.shape}. For inputs of rows and features take dense_norm."
         )
+    check_input_features(x, kernel.shape[-2] * feature_group_count)
     batch = x.shape[: x.ndim - rank - 1]
     x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
     x, convolution = make_convolution(
@@ -305,7 +315,7 @@ def dense_norm(
       key: random key, for samplers that draw positions.
       activation: of the sum. :func:`jax.nn.relu` is replaced by :func:`relu`, which is
         the same function and stays fused.
-      residual: added before the activation, of the output's shape.
+      residual: added before the activation, of the output's shape; cast to its dtype.
       precision: see :func:`jax.lax.dot_general`.
       dot_general: the matrix product to use.
       **options: see :class:`NormOptions`.
@@ -343,6 +353,7 @@ def dense_norm(
             "Expected an input (N, *spatial, I) and a kernel (I, C), got input of "
             f"shape {x.shape} and kernel of shape {kernel.shape}."
         )
+    check_input_features(x, kernel.shape[0])
     product = functools.partial(dot_general, precision=precision)
     return _linear_norm(
         _Product(product),

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_sbn.sampling import check_known, check_positive
+from flax_sbn.arguments import positive_ints
+from flax_sbn.sampling import check_known
 from flax_sbn.transposes import Form, linear
 from flax_sbn.windows import EVERYTHING, Part
 
@@ -76,7 +77,7 @@ class LatticeSampling:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(num_positions=self.num_positions, min_values=self.min_values)
+        positive_ints(self, "num_positions", "min_values")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the positions, or everything."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_sbn.arguments import check_numbers
 from flax_sbn.statistics import Statistics
 
 # Makes statistics to normalize with of the measured and the running ones.
@@ -67,6 +68,7 @@ def renormalize(
       with the measured ones.
 
     Raises:
+      TypeError: if ``running_weight`` or a limit is no number.
       ValueError: if ``running_weight`` is outside [0, 1], a limit is too low, or
         ``running`` is missing.
 
@@ -88,6 +90,7 @@ def renormalize(
         ("r_max", r_max, 1.0, float("inf")),
         ("d_max", d_max, 0.0, float("inf")),
     ):
+        check_numbers(**{name: value})
         if not isinstance(value, jax.Array) and not least <= value <= most:
             raise ValueError(
                 f"Expected {name} in [{least:g}, {most:g}], got {name}={value!r}."

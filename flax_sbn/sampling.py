@@ -10,7 +10,6 @@ To add a sampler, write one frozen dataclass with ``needs_key`` and ``parts``.
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Sequence
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_sbn.arguments import check_numbers, positive_ints
 from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
 
 
@@ -146,7 +146,7 @@ class NaiveSampling:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(num_samples=self.num_samples)
+        positive_ints(self, "num_samples")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the last ``num_samples`` rows."""
@@ -191,7 +191,7 @@ class BatchSampling:
     needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive(num_samples=self.num_samples, strata=self.strata)
+        positive_ints(self, "num_samples", "strata")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a run of rows at one random offset in every stratum."""
@@ -225,6 +225,7 @@ class FeatureSampling:
         TPU gathers patches slowly: take :class:`LatticeSampling` there.
 
     Raises:
+      TypeError: if ``fraction`` is no number.
       ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
         or the input has no spatial axes.
 
@@ -249,14 +250,15 @@ class FeatureSampling:
     needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_numbers(fraction=self.fraction)
         if not 0 < self.fraction <= 1:
             raise ValueError(
                 f"Expected fraction in (0, 1], got fraction={self.fraction!r}. "
                 "The paper uses 1/4 to 1/64."
             )
-        check_positive(min_values=self.min_values)
+        positive_ints(self, "min_values")
         if self.groups is not None:
-            check_positive(groups=self.groups)
+            positive_ints(self, "groups")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a patch for each group of rows."""
@@ -332,7 +334,7 @@ class CopySampling:
     needs_key: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive(num_copies=self.num_copies)
+        positive_ints(self, "num_copies")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a row of every run of copies."""
@@ -386,7 +388,7 @@ class VirtualSampling:
     needs_key: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(num_virtual=self.num_virtual, strata=self.strata)
+        positive_ints(self, "num_virtual", "strata")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the last rows of every stratum."""
@@ -420,7 +422,8 @@ class MixedSampling:
         that it does not state; mixing moments with 0.5 is our formulation.
 
     Raises:
-      TypeError: if ``real`` is no sampler of rows or ``virtual`` no VirtualSampling.
+      TypeError: if ``real`` is no sampler of rows, ``virtual`` no VirtualSampling, or
+        ``virtual_weight`` no number.
       ValueError: if ``virtual_weight`` is outside [0, 1], or as the two samplers do.
 
     Example:
@@ -452,6 +455,7 @@ class MixedSampling:
                 "Use FeatureSampling or BatchSampling."
             )
         needs_key(self.real)
+        check_numbers(virtual_weight=self.virtual_weight)
         if not 0 <= self.virtual_weight <= 1:
             raise ValueError(
                 "Expected virtual_weight in [0, 1], got "
@@ -516,16 +520,3 @@ def _rows(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows
     """Returns rows ``start`` to ``stop`` of every stratum, in their whole extent."""
     spatial = shape[1:]
     return Windows(strata, (start, *[0] * len(spatial)), (stop - start, *spatial))
-
-
-def check_positive(**given: int) -> None:
-    """Raises a ValueError if a number, given by its name, is no positive int."""
-    for name, value in given.items():
-        if (
-            not isinstance(value, numbers.Integral)
-            or isinstance(value, bool)
-            or value < 1
-        ):
-            raise ValueError(
-                f"Expected {name} to be an int >= 1, got {name}={value!r}."
-            )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flax_sbn.arguments import check_numbers
 from flax_sbn.sampling import Sampler, sampled_parts
 from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.windows import Part
@@ -322,6 +323,9 @@ def update_running(
         averaged, and the variance is that of their average: Batch Renormalization's
         rule.
 
+    Raises:
+      TypeError: if ``momentum`` is no number.
+
     Returns:
       Statistics of shape ``(C,)``, in the dtype of ``running``. Where ``statistics``
       equals it nothing changes, not even by rounding.
@@ -338,6 +342,7 @@ def update_running(
         # As in flax, a running mean that starts real becomes complex with its data.
         return updated if jnp.iscomplexobj(updated) else updated.astype(r.dtype)
 
+    check_numbers(momentum=momentum)
     if std_epsilon is None:
         return Statistics(*map(update, running, statistics))
     old, new = (jnp.sqrt(s.var + std_epsilon) for s in (running, statistics))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import jet
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -148,6 +149,23 @@ def _batch(
     return results, [0] * len(results)
 
 
+def _jet(
+    primals: Sequence[Any], series: Sequence[Any], **params: Any
+) -> tuple[list[jax.Array], list[list[jax.Array]]]:
+    n = params["num_constants"]
+    if any(jnp.issubdtype(jnp.result_type(c), jnp.inexact) for c in primals[:n]):
+        raise NotImplementedError(
+            "Expected whole numbers as constants of a linear function in a Taylor "
+            "series, got floats. Nest jax.jvp instead."
+        )
+    results = _linear_p.bind(*primals, **params)
+    terms = [
+        _linear_p.bind(*primals[:n], *xs, **params)
+        for xs in zip(*series[n:], strict=True)
+    ]
+    return results, [list(of_result) for of_result in zip(*terms, strict=True)]
+
+
 def _lower(
     platform: str, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any
 ) -> Any:
@@ -156,6 +174,8 @@ def _lower(
 
 
 ad.primitive_jvps[_linear_p] = _jvp
+_jet_rules: dict[Any, Any] = jet.jet_rules
+_jet_rules[_linear_p] = _jet
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 for _platform in ("cpu", "cuda", "rocm", "tpu"):

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import flax_sbn as sbn
+from tests import cases
 
 
 def fields(cls):
@@ -150,3 +151,20 @@ def test_the_norm_goes_without(make, name):
         x = jnp.ones((2, 9, 8, 6))
         norm = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]["norm"]
     assert norm.keys() == {"bias", "scale"} - {name}
+
+
+@pytest.mark.parametrize("sampler", [None, sbn.NaiveSampling(4)], ids=str)
+@pytest.mark.parametrize("make", ["linen", "nnx"])
+def test_a_wide_residual_is_cast_to_the_dtype_of_the_layer(make, sampler):
+    x = cases.inputs((8, 4, 4, 3))
+    residual = cases.inputs((8, 4, 4, 3), seed=1)
+    options = {"dtype": jnp.bfloat16, "sampler": sampler}
+    if make == "linen":
+        layer = sbn.linen.ConvNorm(3, (1, 1), use_running_average=True, **options)
+        call = functools.partial(layer.apply, layer.init(jax.random.key(0), x))
+    else:
+        call = sbn.nnx.ConvNorm(3, 3, (1, 1), rngs=nnx.Rngs(0), **options)
+        call.eval()
+    y = call(x, residual)
+    assert y.dtype == jnp.bfloat16
+    chex.assert_trees_all_equal(y, call(x) + residual.astype(jnp.bfloat16))

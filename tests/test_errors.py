@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -170,6 +171,64 @@ ERRORS = {
         )
         for value in (-0.1, 1.1, float("nan"))
     },
+    "fraction-string": (
+        MAPS,
+        lambda x: FS("1/64"),
+        TypeError,
+        "fraction='1/64'",
+        "0.015625",
+    ),
+    "weight-string": (
+        ROWS,
+        lambda x: Mixed(BS(2), VDN(2), "0.5"),
+        TypeError,
+        "virtual_weight='0.5'",
+        "number",
+    ),
+    "linen-momentum": (
+        ROWS,
+        linen_step(sampler=NS(2), momentum=None),
+        TypeError,
+        "momentum=None",
+        "number",
+    ),
+    "nnx-momentum": (
+        ROWS,
+        nnx_layer(sampler=NS(2), momentum="0.9"),
+        TypeError,
+        "momentum='0.9'",
+        "number",
+    ),
+    "running-weight": (
+        ROWS,
+        linen_step(sampler=NS(2), running_weight="0.75"),
+        TypeError,
+        "running_weight='0.75'",
+        "number",
+    ),
+    **{
+        f"{name}-in-features-{sampler}": (
+            MAPS,
+            lambda x, make=make, sampler=sampler: make(sampler)(x),
+            ValueError,
+            "an input of 5 features",
+            "is in_features right?",
+        )
+        for name, make in {
+            "conv": lambda s: sbn.nnx.ConvNorm(
+                5, 4, (3, 3), sampler=s, rngs=nnx.Rngs(0)
+            ),
+            "dense": lambda s: sbn.nnx.DenseNorm(5, 4, sampler=s, rngs=nnx.Rngs(0)),
+        }.items()
+        for sampler in (None, NS(4))
+    },
+    "conv-kernel": (
+        MAPS,
+        lambda x: sbn.conv_norm(x, jnp.ones((3, 3, 5, 4))),
+        ValueError,
+        "an input of 5 features",
+        "Features are last",
+    ),
     "mixed-swapped": (
         ROWS,
         lambda x: Mixed(VDN(2), BS(2)),
@@ -301,3 +360,17 @@ def test_one_row_of_many_pixels_is_enough():
 
 def test_one_row_of_two_pixels_is_enough_for_a_lattice():
     sbn.batch_norm(jnp.ones((1, 1, 2, 3)), sampler=Lattice(1, min_values=1))
+
+
+@pytest.mark.parametrize("int_type", [np.int64, np.int32])
+def test_numpy_ints_are_ints(int_type):
+    two, four = int_type(2), int_type(4)
+    for made, expected in (
+        (NS(four), NS(4)),
+        (BS(four, two), BS(4, 2)),
+        (FS(np.float32(0.25), four, two), FS(0.25, 4, 2)),
+        (VDN(four, two), VDN(4, 2)),
+        (sbn.CopySampling(two), sbn.CopySampling(2)),
+        (Lattice(two, four), Lattice(2, 4)),
+    ):
+        assert repr(made).replace("np.float32(0.25)", "0.25") == repr(expected)

@@ -192,7 +192,7 @@ def test_gradients_in_half_precision_are_added_before_rounding():
 
     layer = sampled_fold.Layer(same, (4,), 0.0, half=True)
     parts = [Part(1.0, (Lattice((2,), (2,), ((0,), (3,))),))]
-    kernel, x = jnp.ones(1, jnp.bfloat16), jnp.ones((1, 4, 1), jnp.bfloat16)
+    kernel, x = (jnp.ones((1, n, 1), jnp.bfloat16) for n in (1, 4))
 
     def both(x):
         return sampled_fold._with_sample(layer, parts, kernel, x)

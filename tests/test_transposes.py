@@ -9,10 +9,12 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import jet
 
+from flax_sbn.batched_slice import batched_slice
 from flax_sbn.transposes import Form, linear
 from tests import cases
-from tests.closeness import assert_same_to_rounding
+from tests.closeness import assert_close, assert_same_to_rounding
 
 
 def apply(c, x, z):
@@ -223,3 +225,23 @@ def test_a_program_for_several_platforms_runs_here(way):
     x = jnp.arange(3.0)
     exported = jax.export.export(jax.jit(WAYS[way]), platforms=["cuda", "cpu"])(x)
     np.testing.assert_array_equal(exported.call(x), 2 * x)
+
+
+def test_taylor_series_go_through_term_by_term():
+    starts = [jnp.array([0, 3]), jnp.array([1, -1])]
+
+    def cube(x):
+        return batched_slice(x, starts, [1, 2], [2, 3]) ** 3
+
+    x, slope = cases.inputs((2, 5, 4)), cases.inputs((2, 5, 4), seed=1)
+    value, (first, second) = jet.jet(cube, (x,), ((slope, jnp.zeros_like(x)),))
+    taken, along = (batched_slice(a, starts, [1, 2], [2, 3]) for a in (x, slope))
+    assert_close(value, taken**3)
+    assert_close(first, 3 * taken**2 * along)
+    assert_close(second, 6 * taken * along**2)
+
+
+def test_a_taylor_series_of_a_constant_is_refused():
+    form = Form(lambda c, x: [c * x], lambda c, g: [c * g])
+    with pytest.raises(NotImplementedError, match=r"Expected whole numbers .* jax.jvp"):
+        jet.jet(lambda c: linear(form, [c], [c])[0], (2.0,), ((1.0,),))

@@ -149,7 +149,8 @@ class ConvNorm(nn.Module):
 
         Args:
           x: ``(N, *spatial, I)``.
-          residual: added before the activation, of the output's shape.
+          residual: added before the activation, of the output's shape; cast to its
+            dtype.
           use_running_average: normalize with the running statistics (evaluation).
           mask: booleans that broadcast to the output: False is not measured.
 

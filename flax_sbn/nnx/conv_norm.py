@@ -109,7 +109,8 @@ class ConvNorm(nnx.Module):
 
         Args:
           x: ``(N, *spatial, I)``.
-          residual: added before the activation, of the output's shape.
+          residual: added before the activation, of the output's shape; cast to its
+            dtype.
           use_running_average: normalize with the running statistics (evaluation); wins
             over the constructor's.
           mask: booleans that broadcast to the output: False is not measured.

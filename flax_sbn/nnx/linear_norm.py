@@ -8,7 +8,7 @@ from flax import nnx
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
-from flax_sbn.folding import fold_like, refuse_options
+from flax_sbn.folding import check_input_features, fold_like, refuse_options
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.statistics import Statistics
 
@@ -75,6 +75,7 @@ def linear_norm(
       use_running_average: see there.
       mask: see there.
     """
+    check_input_features(x, linear.in_features)
     if norm is None:
         return add_and_activate(linear(x), residual, activation)
     evaluate = use_running_average
