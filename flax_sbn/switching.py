@@ -182,8 +182,9 @@ def remember(
     y: jax.Array,
 ) -> None:
     """Remembers how a layer made its output, if a compiler will see both."""
-    rank = len(layer.kernel_size) if hasattr(layer, "kernel_size") else y.ndim - 2
-    if not _is_traced(y) or y.ndim != rank + 2:
+    # A convolution of several batch axes, or none, is sampled only.
+    fits = y.ndim >= 2 if kernel.ndim == 2 else y.ndim == kernel.ndim
+    if not fits or not _is_traced(y):
         return
     given = [x, kernel] if bias is None else [x, kernel, bias]
     product = Product(

@@ -198,6 +198,20 @@ def test_the_report_says_what_became_of_each_norm_and_why():
     assert last == ("dense", "plain", "", "no spatial axes to sample from")
 
 
+def test_convolutions_of_any_rank_and_several_batch_axes():
+    for shape, window, treatment in (
+        ((8, 9, 4), 3, "folded"),
+        ((8, 9, 4), (3,), "folded"),
+        ((8, 5, 5, 5, 4), (3, 3, 3), "folded"),
+        ((2, 4, 9, 9, 4), (3, 3), "sampled"),
+    ):
+        model = sbn.linen.sample_norms(
+            Block(functools.partial(nn.Conv, 4, window)), SAMPLERS["lattice"]
+        )
+        [norm] = sbn.linen.switch_report(model, jnp.ones(shape)).norms
+        assert norm.treatment == treatment, (shape, window)
+
+
 def test_fields_with_a_relu_are_reported():
     model = sbn.linen.sample_norms(Block(act=nn.relu))
     assert sbn.linen.switch_report(model, inputs()).relus == ("Block.act",)
