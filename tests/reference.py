@@ -73,7 +73,7 @@ def backward(
     std = np.sqrt(var + epsilon)
     normal = (x - mean) / std
     dbias, dscale = g.sum(over(x)), (g * normal).sum(over(x))
-    return scale / std * (g - shares * (dbias + normal * dscale)), dscale, dbias
+    return wide(scale) / std * (g - shares * (dbias + normal * dscale)), dscale, dbias
 
 
 def renormalized(

@@ -46,7 +46,7 @@ def test_real_rows_are_only_scaled_back_where_virtual_rows_are_measured(name):
     dx, _, _ = gradients(x, g, scale, bias, SAMPLERS[name])
     (virtual,), _ = samples.measured(SAMPLERS[name], SHAPE[:-1])
     _, var = samples.moments(x, SAMPLERS[name])
-    expected = (scale * g / np.sqrt(var + 1e-5))[~virtual]
+    expected = (np.asarray(scale) * np.asarray(g) / np.sqrt(var + 1e-5))[~virtual]
     assert_close(dx[~virtual], expected)
 
 
