@@ -5,6 +5,7 @@ from flax_sbn.linen.batch_renorm import BatchRenorm
 from flax_sbn.linen.batchless import BatchlessNorm
 from flax_sbn.linen.bnet import BNET
 from flax_sbn.linen.conv_norm import ConvNorm
+from flax_sbn.linen.conversion import to_folded_layers, to_plain_layers
 from flax_sbn.linen.dense_norm import DenseNorm
 from flax_sbn.linen.diminishing import DiminishingBatchNorm
 from flax_sbn.linen.estimation import estimate_statistics
@@ -48,4 +49,6 @@ __all__ = [
     "fold_variables",
     "sample_norms",
     "switch_report",
+    "to_folded_layers",
+    "to_plain_layers",
 ]

@@ -1,9 +1,12 @@
 """What the folded linen layers share: a linear layer and a norm that folds into it."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.errors import ScopeParamNotFoundError
 
 from flax_sbn.activation import add_and_activate
 from flax_sbn.convolution import masked_kernel
@@ -29,6 +32,20 @@ def has_bias(layer: nn.Module, name: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _hint_at_conversion() -> Iterator[None]:
+    """Says what to do about variables of plain layers."""
+    try:
+        yield
+    except ScopeParamNotFoundError as error:
+        error.add_note(
+            "Variables of nn.Conv or nn.Dense and of nn.BatchNorm become those of "
+            "ConvNorm or DenseNorm by flax_sbn.linen.to_folded_layers."
+        )
+        raise
+
+
+@_hint_at_conversion()
 def linear_norm(
     layer: Any,
     linear: nn.Conv | nn.Dense,
