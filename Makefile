@@ -47,7 +47,7 @@ test-lowest:
 	.venv-lowest/bin/pytest -n $(JOBS) $(ARGS)
 
 flax-tests: $(VENV)/.installed-test
-	$(VENV)/bin/python tests/flax_suite.py $(FLAX) --jobs $(JOBS) $(ARGS)
+	$(VENV)/bin/python tests/flax_suite.py --jobs $(JOBS) $(ARGS) $(FLAX)
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html

@@ -3,7 +3,7 @@
 Not one of our tests, but a script: ``make flax-tests FLAX=folder``, with a checkout of
 flax of the installed version. All files of its tests run that name batch norm: those of
 normalization, summaries, transforms, bridges and modules. What fails runs again with
-flax's own layers. A test differs if it passes then. The exit status is 1 if others
+flax's own layers: a test differs if it passes then. The exit status is 1 if others
 differ than those in ``DIFFERENT``.
 
 pytest loads this file as a plugin, too, to replace the layers before it imports tests.
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import flax
+from flax import linen, nnx
 
 import flax_sbn as sbn
 
@@ -27,11 +28,14 @@ import flax_sbn as sbn
 DIFFERENT: dict[str, str] = {}
 
 _HERE = Path(__file__).parent
-_ENVIRONMENT = {  # as in flax's tests/run_all_tests.sh
+_ENVIRONMENT = {
+    # As in flax's tests/run_all_tests.sh.
     "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
     "JAX_NUMPY_RANK_PROMOTION": "raise",
     "FLAX_PROFILE": "1",
+    # As in our tests, which mostly compile.
     "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "PYTHONPATH": os.pathsep.join([str(_HERE), str(_HERE.parent)]),
     "PYTHONSAFEPATH": "1",  # the installed flax, not that of the checkout
 }
@@ -39,15 +43,15 @@ _ENVIRONMENT = {  # as in flax's tests/run_all_tests.sh
 
 def pytest_configure() -> None:
     """Replaces flax's layers, wherever flax names them."""
-    for module in (flax.linen, flax.linen.normalization):
+    for module in (linen, linen.normalization):
         module.BatchNorm = sbn.linen.BatchNorm
-    for module in (flax.nnx, flax.nnx.nn.normalization):
+    for module in (nnx, nnx.nn.normalization):
         module.BatchNorm = sbn.nnx.BatchNorm
 
 
 def pytest_report_header() -> str:
     """Says which layers are tested."""
-    return f"layers: {flax.linen.BatchNorm}, {flax.nnx.BatchNorm}"
+    return f"layers: {linen.BatchNorm}, {nnx.BatchNorm}"
 
 
 def main() -> None:
@@ -56,7 +60,7 @@ def main() -> None:
     parser.add_argument("checkout", type=Path, help="folder with flax and its tests")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
     arguments = parser.parse_args()
-    files = test_files(arguments.checkout.resolve())
+    files = files_with_batch_norm(arguments.checkout.resolve())
     with tempfile.TemporaryDirectory() as cache:
         command = [f"--numprocesses={arguments.jobs}", "-o", f"cache_dir={cache}"]
         command += map(str, files)
@@ -65,7 +69,7 @@ def main() -> None:
     sys.exit(report(ours - theirs, theirs))
 
 
-def test_files(checkout: Path) -> Sequence[Path]:
+def files_with_batch_norm(checkout: Path) -> Sequence[Path]:
     """Returns the files of a checkout's tests that name batch norm.
 
     Raises:
