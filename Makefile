@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 ARGS ?=
+FLAX ?= ../flax
 
-.PHONY: help demo test test-lowest docs bench traffic scaling format clean
+.PHONY: help demo test test-lowest flax-tests docs bench traffic scaling format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
 	@echo "make test         linter, type checker, doctests and tests"
 	@echo "make test-lowest  the tests with the oldest supported dependencies"
+	@echo "make flax-tests   flax's own tests, in FLAX=folder, with our layers for flax's"
 	@echo "make docs         build the documentation in docs/_build/html"
 	@echo "make bench        time layers and training steps on this device"
 	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
@@ -43,6 +45,9 @@ test-lowest:
 	$(MAKE) .venv-lowest/.installed-test VENV=.venv-lowest
 	.venv-lowest/bin/pip install --quiet $(LOWEST)
 	.venv-lowest/bin/pytest -n $(JOBS) $(ARGS)
+
+flax-tests: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/flax_suite.py --jobs $(JOBS) $(ARGS) $(FLAX)
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
