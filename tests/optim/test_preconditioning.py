@@ -130,7 +130,7 @@ def test_a_step_is_one_of_the_network_with_normalized_inputs(window, has_bias, x
 
     def layer(x, kernel, bias):
         y = _convolve(x, kernel) if window else x @ kernel
-        return y if bias is None else y + bias
+        return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
     def stepped(x, kernel, bias, precondition):
         """Returns the output after a step of gradient descent on any loss."""
