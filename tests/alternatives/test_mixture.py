@@ -136,7 +136,8 @@ def test_value_gradient_and_running_mixture_are_the_equations(
     y, updated, (dx, dscale, dbias) = value_and_gradients(x, scale, bias)
     normal, shares, fitted = reference(x, arrays(running), num_steps)
     points, through = (
-        np.reshape(a, normal.shape) for a in (x, np.asarray(g) * np.asarray(scale))
+        np.reshape(np.asarray(a), normal.shape)
+        for a in (x, np.asarray(g) * np.asarray(scale))
     )
     of_points = backward(points, through, shares, *fitted)
     normal = normal.reshape(shape)
