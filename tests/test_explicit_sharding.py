@@ -62,7 +62,7 @@ def dense(x, kernel, key, sampler, mask=None):
         kernel[0, 0],
         sampler=sampler,
         key=key,
-        residual=x[..., :1] + jnp.zeros(4),
+        residual=x[..., :1] + jnp.zeros((1, 1, 1, 4)),
         dtype=x.dtype,
     )
 
