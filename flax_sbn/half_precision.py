@@ -59,4 +59,4 @@ def _add_narrow(y: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def _add_wide(y: jax.Array, shift: jax.Array) -> jax.Array:
-    return (y + jnp.broadcast_to(shift, y.shape)).astype(y.dtype)
+    return (y + jnp.expand_dims(shift, range(y.ndim - 1))).astype(y.dtype)

@@ -148,7 +148,8 @@ class Layer:
         """Adds to each feature, in float32 or wider."""
         if self.half:
             return add_shift(y, shift)
-        return y + jnp.broadcast_to(shift, y.shape)
+        # Not broadcast as a whole: that would lie on every device.
+        return y + jnp.expand_dims(shift, range(y.ndim - 1))
 
 
 def fixed_fold_applies(x: jax.Array) -> bool:

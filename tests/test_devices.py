@@ -46,6 +46,7 @@ def shard_mapped(function, *args, check_vma=True, out=REPLICATED):
 
 def pooled(x, sampler, mask=True):
     """Moments of what all devices measure; each part is pooled by itself."""
+    x = np.asarray(x)
     wheres, weights = samples.measured(sampler, SHARD[:-1])
     wheres = [np.tile(where, (DEVICES, 1, 1))[..., None] & mask for where in wheres]
     shares = reference.shares([np.broadcast_to(w, x.shape) for w in wheres], weights)

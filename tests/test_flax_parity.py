@@ -224,13 +224,13 @@ def arguments(cls):
 
 def test_flax_linen_has_no_new_option():
     assert fields(nn.BatchNorm) == LINEN_FIELDS
-    ours = ["sampler", "running_weight", "ghost_groups"]
+    ours = ["sampler", "running_weight", "ghost_groups", "rng_collection"]
     assert fields(sbn.linen.BatchNorm) == [*LINEN_FIELDS, *ours]
 
 
 def test_flax_nnx_has_no_new_option():
     assert arguments(nnx.BatchNorm) == set(NNX_ARGUMENTS)
-    ours = {"sampler", "running_weight", "ghost_groups"}
+    ours = {"sampler", "running_weight", "ghost_groups", "rng_collection"}
     assert arguments(sbn.nnx.BatchNorm) == {"num_features", *ours, "rngs", "options"}
 
 

@@ -129,7 +129,7 @@ def depthwise_affine(
     )
     if bias is None:
         return y
-    return y + jnp.broadcast_to(jnp.asarray(bias, dtype), y.shape)
+    return y + jnp.expand_dims(jnp.asarray(bias, dtype), range(y.ndim - 1))
 
 
 def identity_kernel(
