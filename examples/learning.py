@@ -116,7 +116,8 @@ class Learner:
 
     def scale(self, images: jax.Array) -> jax.Array:
         """Returns images of mean 0 and standard deviation 1."""
-        return (images.astype(jnp.float32) - self.task.mean) / self.task.std
+        mean, std = (a.reshape(1, 1, 1, -1) for a in (self.task.mean, self.task.std))
+        return (images.astype(jnp.float32) - mean) / std
 
     def update(
         self,

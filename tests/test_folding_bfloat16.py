@@ -191,7 +191,8 @@ def test_a_kernel_is_rounded_for_good(dtype):
 
 
 def test_a_small_kernel_is_rounded_to_numbers_that_float16_has_below_the_normal():
-    kernel = cases.inputs((3, 3, 16, 16)) * 2.0 ** -np.arange(12.0, 28)
+    factor = 2.0 ** -np.arange(12.0, 28).reshape(1, 1, 1, 16)
+    kernel = cases.inputs((3, 3, 16, 16)) * factor
     round_to = functools.partial(half_precision.round_to, dtype=jnp.float16)
     rounded, pullback = jax.vjp(jax.jit(round_to), kernel)
     np.testing.assert_array_equal(rounded, np.float16(kernel))

@@ -62,7 +62,7 @@ def test_value_and_gradients_are_those_of_batch_renormalization(
     assert_close(y, expected, "float64", num=x.size)
     dx, dscale, dbias = pullback(g)
     shares = samples.shares(sampler, SHAPE)
-    expected, _, _ = reference.backward(x, g * r, shares, np.asarray(scale))
+    expected, _, _ = reference.backward(x, np.asarray(g) * r, shares, np.asarray(scale))
     assert_close(dx, expected, "float64", num=x.size)
     assert_close(dscale, (np.asarray(g) * normal).sum((0, 1, 2)), "float64", num=x.size)
     assert_close(dbias, np.asarray(g).sum((0, 1, 2)), "float64", num=x.size)

@@ -125,9 +125,8 @@ def test_value_gradients_and_state_are_the_references_over_many_steps(
 def test_before_the_window_is_full_it_is_batch_norm_of_centered_inputs(x64):
     x, cotangent = data((4, 6, 3), 0)
     x = x - x.mean((0, 1), keepdims=True)
-    cotangent -= cotangent.mean(
-        (0, 1), keepdims=True
-    )  # so that BN's own centering does nothing
+    # So that BN's own centering does nothing.
+    cotangent -= cotangent.mean((0, 1), keepdims=True)
     running = wide(moving_averages((3,)))
 
     def norm(x):
