@@ -78,7 +78,7 @@ def test_the_gradient_holds_both_corrections_fixed(weight, x64):
 
     def fixed(x):
         y, _ = sbn.batch_norm(x, sampler=sampler, key=KEY)
-        return jnp.sin(y * r + d).sum()
+        return jnp.sin(y * r[None, None, None] + d[None, None, None]).sum()
 
     def ours(x):
         return jnp.sin(normalized(x, sampler, running_weight=weight)).sum()
