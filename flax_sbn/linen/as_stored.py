@@ -1,7 +1,7 @@
 """Whether a linen layer sees its variables as they are stored.
 
 Lifted transformations hand them on, stacked or sliced; a wrapper such as
-:class:`flax.linen.WeightNorm` computes others of them.
+``flax.linen.WeightNorm`` computes others of them.
 """
 
 from collections.abc import Callable, Iterator

@@ -47,7 +47,7 @@ def fold_variables(
 
     Raises:
       ValueError: if the model evaluates no layer that can be folded, a wrapper such as
-        :class:`flax.linen.WeightNorm` changes the variables of one, or outputs are not
+        ``flax.linen.WeightNorm`` changes the variables of one, or outputs are not
         what they were.
 
     Example:

@@ -63,7 +63,7 @@ def sample_norms(
 
     Args:
       model: a module that is not bound to variables.
-      sampler: which positions are measured; None for :class:`LatticeSampling`.
+      sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm.

@@ -33,7 +33,7 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
 
     Raises:
       ValueError: if the model has no layer that can be folded, a wrapper such as
-        :class:`flax.nnx.WeightNorm` changes the kernel of one, layers share a kernel,
+        ``flax.nnx.WeightNorm`` changes the kernel of one, layers share a kernel,
         or outputs are not what they were.
 
     Example:

@@ -55,7 +55,7 @@ def sample_norms(
 
     Args:
       model: the model.
-      sampler: which positions are measured; None for :class:`LatticeSampling`.
+      sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
       rngs: keys for samplers that draw.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
