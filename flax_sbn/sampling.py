@@ -164,8 +164,9 @@ class BatchSampling:
     Attributes:
       num_samples: number of rows measured, in all strata together.
       strata: number of equal parts of the batch; each gives ``num_samples / strata``
-        rows at the same random offset. With one stratum a data shard, no rows move
-        between devices. Strata are ours, not the paper's.
+        rows at the same random offset. Take a stratum for each of several batches that
+        are concatenated, or one of them alone is measured. With one stratum a data
+        shard, no rows move between devices. Strata are ours, not the paper's.
 
     Raises:
       ValueError: if a number is no positive int, ``num_samples`` exceeds the batch, or
