@@ -11,6 +11,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax_sbn import switching
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.input_statistics import set_class
 from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.sampling import Sampler, needs_key
 
@@ -120,7 +121,7 @@ def plain_norms(model: M) -> M:
     """Takes back what :func:`sample_norms` did, in place, and returns the model."""
     for _, layer in _modules(model):
         if isinstance(layer, _Norm | _Linear):
-            _set_class(layer, type(layer).plain)
+            set_class(layer, type(layer).plain)
             for name in _OURS:
                 if hasattr(layer, name):
                     delattr(layer, name)
@@ -174,11 +175,7 @@ def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
 
 def _change_class(layer: nnx.Module, mixed_in: type) -> None:
     if not isinstance(layer, mixed_in):
-        _set_class(layer, _switched(type(layer), mixed_in))
-
-
-def _set_class(layer: nnx.Module, cls: type) -> None:
-    object.__setattr__(layer, "__class__", cls)  # nnx would note an attribute
+        set_class(layer, _switched(type(layer), mixed_in))
 
 
 @functools.cache
@@ -236,11 +233,13 @@ class _Norm(BatchNorm):
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
+        reason = ""
         if evaluate or evaluate is None:
-            switching.note(self.path, "plain", reason="evaluated")
-            return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
-        if switching.unfit(self.sampler, x, self.axis):
-            switching.note(self.path, "plain", reason="no spatial axes to sample from")
+            reason = "evaluated"
+        elif switching.unfit(self.sampler, x, self.axis):
+            reason = "no spatial axes to sample from"
+        if reason:
+            switching.note(self.path, "plain", reason=reason)
             return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
         product = switching.product_of(x)
         fold = self.fold and self._folds()
