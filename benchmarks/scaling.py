@@ -67,7 +67,7 @@ def _variants(*names: str) -> dict[str, Variant]:
     return variants
 
 
-VARIANTS = _variants("no norm", "flax BN", "FS 1/64", "FS 1/64 folded")
+VARIANTS = _variants("no norm", "flax BN", "Lattice", "Lattice folded")
 
 
 @dataclasses.dataclass(kw_only=True)

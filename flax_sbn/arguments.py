@@ -13,7 +13,7 @@ def check_numbers(**given: Any) -> None:
         if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
             raise TypeError(
                 f"Expected {name} to be a number, got {name}={value!r}. Configuration "
-                "files give strings for fractions: write 0.015625, not 1/64."
+                "files give strings: write 0.015625, not 1/64, and 1.0e-5, not 1e-5."
             )
 
 

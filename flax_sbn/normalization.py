@@ -11,6 +11,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.arguments import check_numbers
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler
 from flax_sbn.statistics import (
@@ -53,6 +54,7 @@ def normalize(
       An array of the shape of ``x``.
 
     Raises:
+      TypeError: if ``epsilon`` is no number.
       ValueError: if ``axis`` is out of range, or ``scale``, ``bias`` or the statistics
         have another shape than the feature axes.
 
@@ -66,6 +68,7 @@ def normalize(
 
     Source: Ioffe & Szegedy, "Batch Normalization", arXiv 1502.03167.
     """
+    check_numbers(epsilon=epsilon)
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
 
@@ -144,7 +147,7 @@ def batch_norm(
       ``(C,)``.
 
     Raises:
-      TypeError: see :func:`batch_statistics`.
+      TypeError: see :func:`batch_statistics` and :func:`normalize`.
       ValueError: see :func:`batch_statistics`, :func:`normalize` and
         :func:`renormalize`.
 

@@ -68,7 +68,7 @@ def renormalize(
       with the measured ones.
 
     Raises:
-      TypeError: if ``running_weight`` or a limit is no number.
+      TypeError: if ``running_weight``, a limit or ``epsilon`` is no number.
       ValueError: if ``running_weight`` is outside [0, 1], a limit is too low, or
         ``running`` is missing.
 
@@ -85,6 +85,7 @@ def renormalize(
     grow during training, these are where they end. The share and its use for the noise
     of a sample are ours.
     """
+    check_numbers(epsilon=epsilon)
     for name, value, least, most in (
         ("running_weight", running_weight, 0.0, 1.0),
         ("r_max", r_max, 1.0, float("inf")),

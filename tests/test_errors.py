@@ -185,18 +185,30 @@ ERRORS = {
         "virtual_weight='0.5'",
         "number",
     ),
-    "linen-momentum": (
+    **{
+        f"{name}-{option}-{sampler}": (
+            ROWS,
+            make(sampler=sampler, **{option: value}),
+            TypeError,
+            f"{option}={value!r}",
+            "number",
+        )
+        for name, make in {"linen": linen_step, "nnx": nnx_layer}.items()
+        for option, value in {"momentum": None, "epsilon": "1e-5"}.items()
+        for sampler in (None, NS(2))
+    },
+    "function-epsilon": (
         ROWS,
-        linen_step(sampler=NS(2), momentum=None),
+        lambda x: sbn.batch_norm(x, epsilon="1e-5"),
         TypeError,
-        "momentum=None",
+        "epsilon='1e-5'",
         "number",
     ),
-    "nnx-momentum": (
-        ROWS,
-        nnx_layer(sampler=NS(2), momentum="0.9"),
+    "folded-epsilon": (
+        MAPS,
+        lambda x: sbn.conv_norm(x, jnp.ones((1, 1, x.shape[-1], 2)), epsilon="1e-5"),
         TypeError,
-        "momentum='0.9'",
+        "epsilon='1e-5'",
         "number",
     ),
     "running-weight": (

@@ -12,6 +12,8 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
 from flax_sbn import switching
@@ -360,6 +362,23 @@ def test_devices_pool_their_samples():
         np.testing.assert_allclose(actual, expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("axis", [AxisType.Explicit, AxisType.Auto])
+def test_arrays_on_several_devices_are_folded_as_on_one(axis):
+    x, model = inputs(), sbn.linen.sample_norms(Block())
+    variables = trained(model.init(jax.random.key(0), x))
+    given = variables["params"], variables["batch_stats"]
+    expected = quick_jit(step(model))(*given, x)
+    mesh = jax.make_mesh((4,), ("data",), (axis,))
+    given = jax.device_put(given, NamedSharding(mesh, P()))
+    with jax.set_mesh(mesh), switching.reporting() as norms:
+        actual = quick_jit(step(model))(
+            *given, jax.device_put(x, NamedSharding(mesh, P("data")))
+        )
+    assert {norm.treatment for norm in norms} == {"folded"}
+    for a, e in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=2e-5 * max(1, abs(e).max()))
+
+
 def test_a_call_is_captured_and_tabulated_once():
     x = inputs()
     model = sbn.linen.sample_norms(Block())
@@ -493,6 +512,54 @@ def test_classes_of_the_models_own():
         report(Other, norm_types=(Other,))
 
 
+class NNXOverrides(nnx.BatchNorm):
+    """A class derived from flax's, with a call of its own."""
+
+    def __call__(self, x, **kwargs):
+        return 2 * super().__call__(x / 2, **kwargs)
+
+
+class NNXCopy(nnx.Module):
+    """A copy that a model brings along, with fewer attributes."""
+
+    def __init__(self, num_features, *, rngs):
+        self.scale = nnx.Param(jnp.ones(num_features))
+        self.bias = nnx.Param(jnp.zeros(num_features))
+        self.mean = nnx.BatchStat(jnp.zeros(num_features))
+        self.var = nnx.BatchStat(jnp.ones(num_features))
+        self.momentum, self.epsilon = 0.9, 1e-3
+        self.use_running_average = False
+
+    def __call__(self, x):
+        return 3 * x
+
+
+@pytest.mark.parametrize("norm", [NNXOverrides, NNXCopy])
+def test_nnx_classes_of_the_models_own(norm):
+    x, rngs = inputs(), nnx.Rngs(0)
+    conv = nnx.Conv(x.shape[-1], 4, (3, 3), rngs=rngs)
+    expected = sbn.nnx.sample_norms(
+        nnx.Sequential(conv, nnx.BatchNorm(4, epsilon=1e-3, momentum=0.9, rngs=rngs))
+    )
+    model = nnx.Sequential(nnx.clone(conv), norm(4, rngs=rngs))
+    model.layers[1].set_attributes(epsilon=1e-3, momentum=0.9, raise_if_not_found=False)
+    model.layers[1].use_running_average = True
+    before = model(x)
+    model.layers[1].use_running_average = False
+    with pytest.raises(ValueError, match="Expected a model with"):
+        sbn.nnx.sample_norms(model)
+    sbn.nnx.sample_norms(model, norm_types=(norm,))
+    assert sbn.nnx.switch_report(model, x).count("folded") == 1
+    for other in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        y = nnx.jit(lambda m: m(x))(other)
+        np.testing.assert_array_equal(y, nnx.jit(lambda m: m(x))(nnx.clone(expected)))
+    model.layers[1].use_running_average = True
+    model.layers[1].mean[...] = jnp.zeros(4)
+    model.layers[1].var[...] = jnp.ones(4)
+    np.testing.assert_array_equal(model(x), before)
+    assert type(sbn.nnx.plain_norms(model).layers[1]) is norm
+
+
 def test_what_does_not_match_raises():
     x = inputs()
     with pytest.raises(
@@ -503,6 +570,8 @@ def test_what_does_not_match_raises():
         sbn.linen.sample_norms(Chain(), 8)
     with pytest.raises(ValueError, match="Expected a model of its own"):
         sbn.linen.sample_norms(Chain().bind({}))
+    with pytest.raises(TypeError, match="Conv without momentum"):
+        sbn.nnx.sample_norms(NNXBlock(), norm_types=(nnx.Conv,))
     with pytest.raises(ValueError, match="Expected rngs for BatchSampling"):
         sbn.nnx.sample_norms(NNXBlock(), sbn.BatchSampling(4))
 

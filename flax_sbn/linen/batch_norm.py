@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.arguments import check_numbers
 from flax_sbn.estimation import ALL_INPUTS
 from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.linen.keys import draw_key
@@ -60,7 +61,8 @@ class BatchNorm(nn.BatchNorm):
       rng_collection: name of the rng stream.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` no
+        number.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
         is out of range, or the rng stream is missing and needed.
 
@@ -107,7 +109,9 @@ class BatchNorm(nn.BatchNorm):
             "use_running_average", self.use_running_average, use_running_average
         )
         axes = reduction_axes(x.ndim, self.axis)
-        needs_key(self.sampler)  # complains, also where nothing is measured
+        # These complain, also where nothing is measured.
+        needs_key(self.sampler)
+        check_numbers(momentum=self.momentum, epsilon=self.epsilon)
         if evaluate or self.is_initializing():
             return _flax_call(self, x, use_running_average, mask=mask)
 

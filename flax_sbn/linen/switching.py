@@ -21,7 +21,6 @@ from flax_sbn.statistics import reduction_axes
 
 M = TypeVar("M", bound=nn.Module)
 
-_NEEDED = ("momentum", "epsilon", "use_running_average")
 _FIELDS = [
     field.name
     for field in dataclasses.fields(nn.BatchNorm)
@@ -211,9 +210,8 @@ def _switched(cls: Any, options: _Options) -> Any:
 
     @nn.nowrap
     def apply(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _switched_calls(
-            options
-        ):  # `method` may be a function that calls submodules
+        # `method` may be a function that calls submodules.
+        with _switched_calls(options):
             return super(derived, self).apply(*args, **kwargs)
 
     def reduce(self: Any) -> Any:
@@ -274,12 +272,7 @@ class _Interceptor:
         mask: jax.Array | None = None,
     ) -> Any:
         """Measures a sample, and folds if it can."""
-        if missing := [name for name in _NEEDED if not hasattr(module, name)]:
-            raise TypeError(
-                f"Expected a class with flax.linen.BatchNorm's fields, got "
-                f"{type(module).__name__} without {', '.join(missing)}. Leave it out "
-                "of `norm_types`."
-            )
+        switching.check_copy(module, "flax.linen.BatchNorm")
         if module.is_initializing():
             return plain()
         path, options = module.path, self.options

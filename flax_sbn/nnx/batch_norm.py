@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
+from flax_sbn.arguments import check_numbers
 from flax_sbn.estimation import ALL_INPUTS
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.keys import draw_key, fork_stream
@@ -63,7 +64,8 @@ class BatchNorm(nnx.BatchNorm):
       **options: those of :class:`flax.nnx.BatchNorm`.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` no
+        number.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
         is out of range, or the rng stream is missing and needed.
 
@@ -121,6 +123,7 @@ class BatchNorm(nnx.BatchNorm):
           An array of the shape of ``x``.
         """
         reduction_axes(x.ndim, self.axis)
+        check_numbers(momentum=self.momentum, epsilon=self.epsilon)
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average

@@ -1,7 +1,7 @@
 """Any nnx model with sampled and folded norms, in place, its source untouched."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -36,6 +36,7 @@ def sample_norms(
     rngs: nnx.Rngs | None = None,
     fold: bool = True,
     only: switching.Only | None = None,
+    norm_types: tuple[type, ...] = (),
     rng_collection: str = "sampling",
 ) -> M:
     """Makes the batch norms of a model measure a sample, in place.
@@ -60,14 +61,19 @@ def sample_norms(
       rngs: keys for samplers that draw.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
-        every norm. Classes with a call of their own are left alone.
+        every norm.
+      norm_types: classes of the model's own that are batch norms as flax's is, with its
+        attributes, of which those beyond parameters, statistics, ``momentum``,
+        ``epsilon`` and ``use_running_average`` may be missing, and its call. Classes
+        derived from flax's without a call of their own are switched anyway.
       rng_collection: see :class:`flax_sbn.nnx.BatchNorm`.
 
     Returns:
       The same model.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or a norm of ``norm_types`` lacks an
+        attribute.
       ValueError: if nothing matches, or keys are needed and missing.
 
     Example:
@@ -95,11 +101,12 @@ def sample_norms(
     norms = [
         (path, norm)
         for path, norm in _modules(model)
-        if type(norm).__call__ in (nnx.BatchNorm.__call__, _Norm.__call__)
-        and (only is None or only(path, norm))
+        if _is_norm(norm, tuple(norm_types)) and (only is None or only(path, norm))
     ]
     if not norms:
         raise switching.complain_of_no_norm(model, "flax.nnx.BatchNorm")
+    for _, norm in norms:
+        switching.check_copy(norm, "flax.nnx.BatchNorm", "mean", "var", "scale", "bias")
     for path, norm in norms:
         _change_class(norm, _Norm)
         norm.sampler, norm.running_weight, norm.ghost_groups = sampler, 0.0, 1
@@ -173,6 +180,11 @@ def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
             yield tuple(map(str, path)), module
 
 
+def _is_norm(module: nnx.Module, norm_types: tuple[type, ...]) -> bool:
+    calls = (nnx.BatchNorm.__call__, _Norm.__call__)
+    return isinstance(module, norm_types) or type(module).__call__ in calls
+
+
 def _change_class(layer: nnx.Module, mixed_in: type) -> None:
     if not isinstance(layer, mixed_in):
         set_class(layer, _switched(type(layer), mixed_in))
@@ -222,14 +234,26 @@ class _Norm(BatchNorm):
     path: switching.Path
     fold: bool
     sampler: Sampler
+    # What a copy of flax's class may lack.
+    axis = -1
+    axis_name = None
+    axis_index_groups = None
+    dtype = None
+    promote_dtype = staticmethod(promote_dtype)
 
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
+        plain = functools.partial(type(self).plain.__call__, self, *args, **kwargs)
+        return self._switched(plain, *args, **kwargs)
+
+    def _switched(
         self,
+        plain: Callable[[], jax.Array],
         x: jax.Array,
         use_running_average: bool | None = None,
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
+        """Measures a sample, and folds if it can."""
         evaluate = use_running_average
         if evaluate is None:
             evaluate = self.use_running_average
@@ -240,7 +264,7 @@ class _Norm(BatchNorm):
             reason = "no spatial axes to sample from"
         if reason:
             switching.note(self.path, "plain", reason=reason)
-            return nnx.BatchNorm.__call__(self, x, use_running_average, mask=mask)
+            return plain()
         product = switching.product_of(x)
         fold = self.fold and self._folds()
         why_not = switching.obstacle(product, x, self.axis, self.sampler, fold)
