@@ -82,7 +82,7 @@ def train(api: str, method: Method, steps: int, every: int) -> list[dict[str, An
         variables = network.init(key, x)
         return variables, optimizer.init(variables.params)
 
-    traces = []
+    traces: list[None] = []
 
     def step(
         state: Any, images: jax.Array, labels: jax.Array, key: jax.Array

@@ -42,10 +42,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         '  train.py --norm bn --sampler "FeatureSampling(1/16, groups=1)"\n'
         "  train.py --dataset cifar10 --data-dir DIR --model resnet20 --epochs 60\n"
         "\n"
-        "models: resnet8, resnet20, resnet56 and mlp are for small images and come\n"
-        "in linen and nnx; so is binary8, in linen, whose weights and activations are\n"
-        "binary. The others are for ImageNet, in linen. They take smaller images as\n"
-        "they are, densenet121 from 32 x 32, of which one pixel is left.\n",
+        "models: resnet8, resnet8-stride2 (which halves images first), resnet20,\n"
+        "resnet56 and mlp are for small images and come in linen and nnx; so is\n"
+        "binary8, in linen, whose weights and activations are binary. The others are\n"
+        "for ImageNet, in linen. They take smaller images as they are, densenet121\n"
+        "from 32 x 32, of which one pixel is left.\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to compare")

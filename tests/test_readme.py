@@ -198,5 +198,5 @@ def test_traffic_is_that_of_the_committed_results() -> None:
         slower = ratio(target, "Lattice folded", "compile_seconds", 1)[:-1]
         assert text.format(slower) in readme
     dense = rows("h200", "densenet121")
-    less = dense["FS 1/64 folded"]["traffic_bytes"] / dense["flax BN"]["traffic_bytes"]
+    less = dense["Lattice folded"]["traffic_bytes"] / dense["flax BN"]["traffic_bytes"]
     assert f"still moves [{less:.2f}\u00d7]" in readme

@@ -22,6 +22,7 @@ from models.nnx_units import NnxUnits
 
 LINEN: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(CifarResNet, blocks=1),
+    "resnet8-stride2": functools.partial(CifarResNet, blocks=1, stem_strides=2),
     "resnet20": functools.partial(CifarResNet, blocks=3),
     "resnet56": functools.partial(CifarResNet, blocks=9),
     "resnet18": functools.partial(ResNet, blocks=(2, 2, 2, 2)),
@@ -33,6 +34,7 @@ LINEN: dict[str, Callable[..., nn.Module]] = {
 }
 NNX: dict[str, Callable[..., nnx.Module]] = {
     "resnet8": functools.partial(NnxCifarResNet, blocks=1),
+    "resnet8-stride2": functools.partial(NnxCifarResNet, blocks=1, stem_strides=2),
     "resnet20": functools.partial(NnxCifarResNet, blocks=3),
     "resnet56": functools.partial(NnxCifarResNet, blocks=9),
     "mlp": NnxMLP,

@@ -25,18 +25,21 @@ class CifarResNet(nn.Module):
       num_classes: number of classes.
       blocks: blocks a stage.
       width: features of the first stage; they double with each stage.
+      stem_strides: of the first convolution. With 2 all maps are half as large, and at
+        the same cost there may be twice as many features: better, on a CPU.
     """
 
     units: LinenUnits
     num_classes: int
     blocks: int
     width: int = 16
+    stem_strides: int = 1
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns the logits of images ``(N, H, W, C)``, in float32."""
         conv_norm = self.units.conv_norm
-        x = conv_norm(self.width, 3, activation=nn.relu)(x)
+        x = conv_norm(self.width, 3, self.stem_strides, activation=nn.relu)(x)
         for features, strides in _blocks(self.width, self.blocks):
             residual = on_value(_shortcut(features, strides), x)
             x = conv_norm(features, 3, strides, activation=nn.relu)(x)
@@ -55,8 +58,10 @@ class NnxCifarResNet(nnx.Module):
         num_classes: int,
         blocks: int,
         width: int = 16,
+        stem_strides: int = 1,
     ) -> None:
-        self.stem = units.conv_norm(in_shape[-1], width, 3, activation=nnx.relu)
+        in_channels = in_shape[-1]
+        self.stem = units.conv_norm(in_channels, width, 3, stem_strides, nnx.relu)
         stack, in_features = [], width
         for features, strides in _blocks(width, blocks):
             stack.append(_NnxBlock(units, in_features, features, strides))
