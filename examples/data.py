@@ -33,10 +33,10 @@ class Dataset:
 
     Attributes:
       name: short name.
-      train_images: ``(N, H, W, C)``, uint8.
-      train_labels: ``(N,)``, int32 class indices.
-      test_images: ``(M, H, W, C)``, uint8, held out.
-      test_labels: ``(M,)``, int32.
+      train_images: ``(N, H, W, C)``, uint8; of sequences ``(N, L, C)``.
+      train_labels: ``(N,)``, int32 class indices; of pixels ``(N, H, W)``.
+      test_images: ``(M, H, W, C)``, likewise, held out.
+      test_labels: ``(M,)``, likewise.
       num_classes: number of classes.
       augment: whether random crops and flips keep an image's class.
     """
@@ -61,10 +61,11 @@ class Dataset:
         """Returns the data set with smaller images: means of square blocks of pixels.
 
         Raises:
-          ValueError: if the images are not square, or ``size`` does not divide them.
+          ValueError: if the images are not square, ``size`` does not divide them, or
+            pixels have labels.
         """
-        _, height, width, _ = self.train_images.shape
-        if height != width or height % size:
+        height, width = (*self.train_images.shape, 1)[1:3]
+        if height != width or height % size or self.train_labels.ndim > 1:
             raise ValueError(
                 f"Expected an image size that divides {height} x {width} of "
                 f"{self.name}, got {size}."

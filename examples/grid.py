@@ -20,6 +20,7 @@ from journal import Record
 from methods import Method
 from models import LINEN
 from networks import DTYPES, NETWORKS, Settings
+from tasks import DATASETS
 
 
 class GridError(ValueError):
@@ -31,7 +32,7 @@ class Experiment(Settings):
     """All that decides how one training goes.
 
     Attributes:
-      dataset: ``'digits'`` or ``'cifar10'``.
+      dataset: one of ``tasks.DATASETS``.
       train_size: number of training images; None for all.
       image_size: side of the images, averaged from larger ones; None for their own.
       norm: a method as in :mod:`methods`.
@@ -57,7 +58,7 @@ _CHOICES = {
     "model": tuple(LINEN),
     "api": tuple(NETWORKS),
     "dtype": tuple(DTYPES),
-    "dataset": ("digits", "cifar10"),
+    "dataset": DATASETS,
 }
 
 

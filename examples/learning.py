@@ -25,16 +25,18 @@ class Task(NamedTuple):
     """What is to be told apart.
 
     Attributes:
-      shape: ``(H, W, C)``.
+      shape: ``(H, W, C)``, or ``(L, C)`` of sequences.
       num_classes: how many there are.
       mean: ``(C,)``, of the training images, which are uint8.
       std: likewise.
+      label_shape: extents of an input's labels; of pixels ``(H, W)``.
     """
 
     shape: tuple[int, ...]
     num_classes: int
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    label_shape: tuple[int, ...] = ()
 
 
 class Model(NamedTuple):
@@ -116,7 +118,10 @@ class Learner:
 
     def scale(self, images: jax.Array) -> jax.Array:
         """Returns images of mean 0 and standard deviation 1."""
-        mean, std = (a.reshape(1, 1, 1, -1) for a in (self.task.mean, self.task.std))
+        mean, std = (
+            jnp.expand_dims(a, range(images.ndim - 1))
+            for a in (self.task.mean, self.task.std)
+        )
         return (images.astype(jnp.float32) - mean) / std
 
     def update(
@@ -190,8 +195,8 @@ class Learner:
         def loss_fn(params: Any, overwritten: Any) -> tuple[jax.Array, Any]:
             given = Variables(params, overwritten, variables.rest)
             forward = self.forward(given, images, sampling_key, virtual_key)
-            losses = _cross_entropy(
-                forward.logits, labels, self.settings.label_smoothing
+            losses = _of_rows(
+                _cross_entropy(forward.logits, labels, self.settings.label_smoothing)
             )
             return losses.mean() + forward.loss, (losses, forward)
 
@@ -200,7 +205,7 @@ class Learner:
         )(*variables[:2])
         # Of these, each group of rows gives the next value.
         overwritten = jax.tree.map(lambda each: each / self.groups, overwritten)
-        correct = (forward.logits.argmax(-1) == labels).sum()
+        correct = hits(forward.logits, labels)
         return (
             Variables(variables.params, overwritten, forward.rest),
             Totals(losses.sum(), correct),
@@ -233,7 +238,7 @@ class Learner:
             jax.random.split(sampling_key, self.groups),
             jax.random.split(virtual_key, self.groups),
         )
-        logits = forward.logits.reshape(len(x), -1)
+        logits = forward.logits.reshape(len(x), *forward.logits.shape[2:])
         return jax.tree.map(_of_groups, forward)._replace(logits=logits)
 
     def _groups(self, variables: Variables, x: jax.Array, *keys: jax.Array) -> Forward:
@@ -284,10 +289,26 @@ class Learner:
             x = jnp.zeros((rows, *self.task.shape))
             return network.train(network.init(key, x[:1]), x, key).logits
 
-        jax.eval_shape(forward, jax.random.key(0))
+        logits = jax.eval_shape(forward, jax.random.key(0))
+        if logits.shape[1:-1] != self.task.label_shape:
+            raise ValueError(
+                f"Expected logits for labels of shape {self.task.label_shape}, got "
+                f"{logits.shape[1:-1]} of {self.settings.model}. A U-Net is for data "
+                "sets with labels of pixels."
+            )
         if not self.method.measures:
             return 1.0 if self.method.kind == "flax" else None
         return sum(n for n, _ in counts) / sum(total for _, total in counts)
+
+
+def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns how many rows are right; of a row with many labels, the share that is."""
+    return _of_rows(logits.argmax(-1) == labels).sum()
+
+
+def _of_rows(each: jax.Array) -> jax.Array:
+    """Returns means over all that is in a row."""
+    return each.reshape(len(each), -1).mean(1)
 
 
 def _of_groups(each: jax.Array) -> jax.Array:

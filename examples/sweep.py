@@ -33,7 +33,8 @@ from rich.table import Table
 
 import grid
 import journal
-from data import DataError, Dataset, load_cifar10, load_digits
+import tasks
+from data import DataError
 from grid import Experiment, experiment_of, setting_of, varied
 from journal import JournalError, Record
 from measuring import check_positive, describe_device
@@ -122,9 +123,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(wanted: list[Experiment], data_dir: Path | None) -> None:
     """Complains about what could not be trained, before anything is."""
-    for dataset in {experiment.dataset for experiment in wanted}:
-        if dataset == "cifar10" and data_dir is None:
-            raise DataError("Expected --data-dir DIR for the dataset cifar10.")
     for setting in dict.fromkeys(map(setting_of, wanted)):
         make_trainer(setting, data_dir)
 
@@ -261,6 +259,10 @@ def train(
     ]
 
 
+# Each is read once.
+_whole = functools.cache(tasks.load)
+
+
 @functools.lru_cache(maxsize=1)
 def make_trainer(setting: Experiment, data_dir: Path | None) -> Trainer:
     """Returns what trains a setting with any seed, compiled once for all of them."""
@@ -273,17 +275,8 @@ def load(
     name: str, data_dir: Path | None, train_size: int | None, image_size: int | None
 ) -> DeviceData:
     """Returns images on the device, once for all settings that share them."""
-    dataset = whole(name, data_dir).limited(train_size)
+    dataset = _whole(name, data_dir).limited(train_size)
     return to_device(dataset.resized(image_size) if image_size else dataset)
-
-
-@functools.cache
-def whole(name: str, data_dir: Path | None) -> Dataset:
-    """Returns a data set, read once."""
-    if name == "digits":
-        return load_digits()
-    assert data_dir is not None
-    return load_cifar10(data_dir)
 
 
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:

@@ -21,8 +21,9 @@ from rich.progress import Progress, TaskID
 
 import methods
 import processes
+import tasks
 from comparison import Report, Run, new_folder
-from data import DataError, Dataset, load_cifar10, load_digits
+from data import DataError, Dataset
 from measuring import check_positive, describe_device, interleaved, median_ratio
 from networks import Settings
 from options import COUNTS, add_settings, settings_of
@@ -80,7 +81,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=("digits", "cifar10"), default="digits")
+    data.add_argument("--dataset", choices=tasks.DATASETS, default="digits")
     data.add_argument(
         "--data-dir",
         type=Path,
@@ -160,8 +161,7 @@ def prepare(
     args: argparse.Namespace,
 ) -> tuple[Dataset, list[Trainer], Path | None]:
     """Returns what a comparison needs; the folder only where it is written."""
-    dataset = load_cifar10(args.data_dir) if args.data_dir else load_digits()
-    dataset = dataset.limited(args.train_size)
+    dataset = tasks.load(args.dataset, args.data_dir).limited(args.train_size)
     trainers = make_trainers(args, dataset)
     if not processes.is_first():
         return dataset, trainers, None

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import NDArray
 
 import flax_sbn as sbn
 from data import Dataset
-from learning import Learner, Model, Task
+from learning import Learner, Model, Task, hits
 from methods import Method
 from networks import Settings, Variables
 from processes import by_rows, everywhere, make_mesh, put
@@ -51,8 +52,8 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
     size = min(_EVAL_BATCH, len(dataset.test_images))
     size += -size % count
     padding = -len(dataset.test_images) % size
-    images = np.pad(dataset.test_images, ((0, padding), (0, 0), (0, 0), (0, 0)))
-    labels = np.pad(dataset.test_labels, (0, padding), constant_values=-1)
+    images = _pad(dataset.test_images, padding, 0)
+    labels = _pad(dataset.test_labels, padding, -1)
     parts = len(images) // size
     batches = zip(np.split(images, parts), np.split(labels, parts), strict=True)
     return DeviceData(
@@ -65,8 +66,16 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
             dataset.num_classes,
             pixels.mean(0).astype(np.float32),
             pixels.std(0).astype(np.float32),
+            dataset.train_labels.shape[1:],
         ),
         mesh,
+    )
+
+
+def _pad(array: NDArray[Any], count: int, value: int) -> NDArray[Any]:
+    """Appends so many rows of a value."""
+    return np.pad(
+        array, [(0, count), *[(0, 0)] * (array.ndim - 1)], constant_values=value
     )
 
 
@@ -134,6 +143,11 @@ class Trainer:
             raise ValueError(
                 f"Expected a batch size between 1 and the {size} training images, got "
                 f"batch_size={settings.batch_size}."
+            )
+        if settings.augment and (len(data.task.shape) != 3 or data.task.label_shape):
+            raise ValueError(
+                "Expected images with one label each for augment=True, got inputs of "
+                f"{data.task.shape} and labels of {data.task.label_shape}."
             )
         self.settings, self.method, self.data = settings, method, data
         self.steps = size // settings.batch_size
@@ -262,7 +276,7 @@ class Trainer:
         self, variables: Variables, images: jax.Array, labels: jax.Array
     ) -> jax.Array:
         logits = self.learner.evaluate(variables, images)
-        return (logits.argmax(-1) == labels).sum()
+        return hits(logits, labels)
 
 
 def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """Published networks that take any normalization, by name, in linen and in nnx.
 
-Images are ``(N, H, W, C)``; the result is ``(N, num_classes)`` logits in float32.
+Images are ``(N, H, W, C)``, sequences ``(N, L, C)``; the result is logits in float32,
+``(N, num_classes)``, or of every pixel.
 """
 
 import functools
@@ -19,6 +20,7 @@ from models.imagenet_resnet import ResNet
 from models.linen_units import LinenUnits
 from models.mlp import MLP, NnxMLP
 from models.nnx_units import NnxUnits
+from models.unet import UNet
 
 LINEN: dict[str, Callable[..., nn.Module]] = {
     "resnet8": functools.partial(CifarResNet, blocks=1),
@@ -31,6 +33,7 @@ LINEN: dict[str, Callable[..., nn.Module]] = {
     "densenet121": functools.partial(DenseNet, blocks=(6, 12, 24, 16)),
     "binary8": functools.partial(BinaryResNet, blocks=1),
     "mlp": MLP,
+    "unet": UNet,
 }
 NNX: dict[str, Callable[..., nnx.Module]] = {
     "resnet8": functools.partial(NnxCifarResNet, blocks=1),
@@ -46,8 +49,11 @@ JOINED: dict[str, tuple[str, ...]] = {
     "norm_free": (*NNX, "binary8"),
 }
 _SMALL = {*NNX, "binary8"}
+# Of those that classify images.
 IMAGE_SHAPES: dict[str, tuple[int, int, int]] = {
-    name: (32, 32, 3) if name in _SMALL else (224, 224, 3) for name in LINEN
+    name: (32, 32, 3) if name in _SMALL else (224, 224, 3)
+    for name in LINEN
+    if name != "unet"
 }
 
 

@@ -1,8 +1,9 @@
-"""Residual networks for small images, in linen and in nnx.
+"""Residual networks for small images and for sequences, in linen and in nnx.
 
 Those of section 4.2 of He et al., "Deep Residual Learning for Image Recognition",
 arXiv 1512.03385: three stages of two-convolution blocks, and shortcuts without
 parameters. ``6 * blocks + 2`` layers: ResNet-8, 20, 56 have 1, 3, 9 blocks a stage.
+Their windows have as many axes as the inputs.
 """
 
 from collections.abc import Callable
@@ -37,14 +38,15 @@ class CifarResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the logits of images ``(N, H, W, C)``, in float32."""
+        """Returns the logits of ``(N, H, W, C)`` or ``(N, L, C)``, in float32."""
         conv_norm = self.units.conv_norm
-        x = conv_norm(self.width, 3, self.stem_strides, activation=nn.relu)(x)
+        window = (3,) * (x.ndim - 2)
+        x = conv_norm(self.width, window, self.stem_strides, activation=nn.relu)(x)
         for features, strides in _blocks(self.width, self.blocks):
             residual = on_value(_shortcut(features, strides), x)
-            x = conv_norm(features, 3, strides, activation=nn.relu)(x)
-            x = conv_norm(features, 3, activation=nn.relu)(x, residual)
-        x = value_of(x).mean(axis=(1, 2))
+            x = conv_norm(features, window, strides, activation=nn.relu)(x)
+            x = conv_norm(features, window, activation=nn.relu)(x, residual)
+        x = _pooled(value_of(x))
         return self.units.head(self.num_classes)(x).astype(jnp.float32)
 
 
@@ -60,30 +62,36 @@ class NnxCifarResNet(nnx.Module):
         width: int = 16,
         stem_strides: int = 1,
     ) -> None:
-        in_channels = in_shape[-1]
-        self.stem = units.conv_norm(in_channels, width, 3, stem_strides, nnx.relu)
+        *extents, channels = in_shape
+        window = (3,) * len(extents)
+        self.stem = units.conv_norm(channels, width, window, stem_strides, nnx.relu)
         stack, in_features = [], width
         for features, strides in _blocks(width, blocks):
-            stack.append(_NnxBlock(units, in_features, features, strides))
+            stack.append(_NnxBlock(units, window, in_features, features, strides))
             in_features = features
         self.blocks = nnx.List(stack)
         self.head = units.head(in_features, num_classes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns the logits of images ``(N, H, W, C)``, in float32."""
+        """Returns the logits of ``(N, H, W, C)`` or ``(N, L, C)``, in float32."""
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(value_of(x).mean(axis=(1, 2))).astype(jnp.float32)
+        return self.head(_pooled(value_of(x))).astype(jnp.float32)
 
 
 class _NnxBlock(nnx.Module):
     def __init__(
-        self, units: NnxUnits, in_features: int, features: int, strides: int
+        self,
+        units: NnxUnits,
+        window: tuple[int, ...],
+        in_features: int,
+        features: int,
+        strides: int,
     ) -> None:
         self.features, self.strides = features, strides
-        self.unit1 = units.conv_norm(in_features, features, 3, strides, nnx.relu)
-        self.unit2 = units.conv_norm(features, features, 3, activation=nnx.relu)
+        self.unit1 = units.conv_norm(in_features, features, window, strides, nnx.relu)
+        self.unit2 = units.conv_norm(features, features, window, activation=nnx.relu)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         residual = on_value(_shortcut(self.features, self.strides), x)
@@ -103,7 +111,12 @@ def _shortcut(features: int, strides: int) -> Callable[[jax.Array], jax.Array]:
     """Option A of the paper: skips pixels, and fills up with zero features."""
 
     def shortcut(x: jax.Array) -> jax.Array:
-        x = x[:, ::strides, ::strides]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+        x = x[(slice(None), *(slice(None, None, strides),) * (x.ndim - 2))]
+        return jnp.pad(x, (*[(0, 0)] * (x.ndim - 1), (0, features - x.shape[-1])))
 
     return shortcut
+
+
+def _pooled(x: jax.Array) -> jax.Array:
+    """Returns the mean of each feature over an input."""
+    return x.mean(axis=tuple(range(1, x.ndim - 1)))

@@ -34,7 +34,7 @@ class LinenUnits:
     def conv_norm(
         self,
         features: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, ...],
         strides: int = 1,
         activation: Activation | None = None,
     ) -> Layer:
@@ -63,7 +63,7 @@ class LinenUnits:
     def conv(
         self,
         features: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, ...],
         strides: int = 1,
         name: str | None = None,
     ) -> nn.Module:

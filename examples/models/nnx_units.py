@@ -32,7 +32,7 @@ class NnxUnits:
         self,
         in_features: int,
         out_features: int,
-        kernel_size: int,
+        kernel_size: int | tuple[int, ...],
         strides: int = 1,
         activation: Activation | None = None,
     ) -> Layer:

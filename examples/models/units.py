@@ -137,12 +137,13 @@ def norm_free(
     return y if activation is None else activation(y)
 
 
-def window(kernel_size: int, strides: int) -> dict[str, Any]:
-    """Returns the options of a convolution."""
+def window(kernel_size: int | tuple[int, ...], strides: int) -> dict[str, Any]:
+    """Returns the options of a convolution; one number is that of an image's axes."""
+    sizes = (kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size
     return {
-        "kernel_size": (kernel_size, kernel_size),
+        "kernel_size": sizes,
         "strides": strides,
-        "padding": kernel_size // 2,
+        "padding": [(size // 2, size // 2) for size in sizes],
         "kernel_init": KERNEL_INIT,
     }
 
