@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import tasks
 from data import DataError, load_cifar10, load_digits
 
 PER_FILE = 4
@@ -87,6 +88,42 @@ def test_digits_are_the_real_scans_and_the_test_split_is_held_out() -> None:
     assert set(digits.test_labels) == set(digits.train_labels) == set(range(10))
     assert digits.train_images.dtype == np.uint8
     assert digits.limited(7).train_images.shape == (7, 8, 8, 1)
+
+
+def test_sequences_hide_one_digit_of_their_class() -> None:
+    found, digits = tasks.load_sequences(), load_digits()
+    assert found.train_images.shape == (1000, 512, 1)
+    for images, labels, ink, classes in (
+        (
+            found.train_images,
+            found.train_labels,
+            digits.train_images,
+            digits.train_labels,
+        ),
+        (found.test_images, found.test_labels, digits.test_images, digits.test_labels),
+    ):
+        hidden = np.round(ink.reshape(-1, 64) * (255 / 16)).astype(np.uint8)
+        whole = {
+            lines.tobytes(): label for lines, label in zip(hidden, classes, strict=True)
+        }
+        for image, label in zip(images[:20, :, 0], labels[:20], strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(image, 64)
+            there = {whole.get(np.ascontiguousarray(w).tobytes()) for w in windows}
+            assert there == {None, label}
+
+
+def test_scenes_label_the_pixels_of_digits() -> None:
+    found, again = tasks.load_scenes(), tasks.load_scenes()
+    assert found.test_images.shape == (250, 64, 64, 1)
+    assert found.test_labels.shape == (250, 64, 64)
+    np.testing.assert_array_equal(found.train_labels, again.train_labels)
+    np.testing.assert_array_equal(found.train_images, again.train_images)
+    on_digits = found.train_labels < 10
+    assert 0.1 < on_digits.mean() < 0.2
+    assert found.train_images[..., 0][on_digits].min() > 4 * 255 / 16
+    assert set(np.unique(found.train_labels)) == set(range(11))
+    with pytest.raises(ValueError, match="image size that divides 64 x 64 of scenes"):
+        found.resized(32)
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["itself", "one level down"])

@@ -23,7 +23,7 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "densenet121": 7_978_856,
 }
-KINDS = ("resnet8", "resnet18", "resnet50", "densenet121", "mlp")
+KINDS = ("resnet8", "resnet18", "resnet50", "densenet121", "mlp", "unet")
 SAMPLED = parse_method("bs:2")
 FOLDED = dataclasses.replace(SAMPLED, folded=True)
 METHODS = {
@@ -120,6 +120,30 @@ def test_width_is_that_of_the_first_stage() -> None:
         _, variables = linen_shapes(name, METHODS["flax"], (2, 32, 32, 3), width=12)
         unit = "DenseNorm_0" if name == "mlp" else "ConvNorm_0"
         assert variables["params"][unit]["norm"]["scale"].shape == (12,)
+
+
+def test_a_unet_has_logits_for_each_pixel() -> None:
+    logits, _ = linen_shapes("unet", METHODS["folded"], (2, 16, 32, 3), width=4)
+    assert logits.shape == (2, 16, 32, 10)
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet8-stride2"])
+def test_sequences_have_windows_of_one_axis_in_both_apis(name) -> None:
+    method, shape = METHODS["folded"], (2, 24, 3)
+    logits, variables = linen_shapes(name, method, shape, width=4)
+    assert logits.shape == (2, 10)
+    params = variables["params"]
+    assert params["ConvNorm_0"]["conv"]["kernel"].shape == (3, 3, 4)
+    options = {"in_shape": shape[1:], "num_classes": 10, "width": 4}
+
+    def run(x):
+        model = nnx_model(name, method, **options, rngs=nnx.Rngs(0))
+        return model(x), nnx.state(model, nnx.Param)
+
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    of_nnx, nnx_params = jax.eval_shape(run, x)
+    assert of_nnx.shape == logits.shape
+    assert size(nnx_params) == size(params)
 
 
 def random_variables(model, x):

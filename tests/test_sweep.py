@@ -67,7 +67,7 @@ def test_a_norm_may_be_written_as_in_python():
         ({"seed": "one"}, "seed of type int, got 'one'"),
         ({"seed": True}, "seed of type int, got True"),
         ({"epochs": 0}, "epochs to be positive, got 0"),
-        ({"dataset": "imagenet"}, "dataset among digits, cifar10"),
+        ({"dataset": "imagenet"}, "dataset among cifar10, digits"),
     ],
 )
 def test_a_wrong_grid_is_refused(table, message):

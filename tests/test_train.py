@@ -14,6 +14,7 @@ import pytest
 import comparison
 import flax_sbn as sbn
 import methods
+import tasks
 import train
 from comparison import Report, Run
 from data import load_digits
@@ -146,6 +147,39 @@ def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
     assert trainer.learner.measured == pytest.approx(6 / 10)
     *_, last = trainer.train(seed=0)
     assert np.isfinite(last.loss)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_pixels_are_told_apart(rows) -> None:
+    scenes = to_device(tasks.load_scenes().limited(64))
+    settings = Settings(model="unet", width=4, batch_size=8, epochs=3, rows=rows)
+    trainer = Trainer(settings, methods.parse_method("lattice+vdn:2"), scenes)
+    losses = [epoch for epoch in trainer.train(seed=0) if epoch.done]
+    assert losses[-1].loss < losses[0].loss
+    images, labels = scenes.test[0]
+    variables = trainer.init(0).model.variables
+    logits = trainer.learner.evaluate(variables, images)
+    right = (np.argmax(logits, -1) == labels).mean((1, 2)).sum()
+    correct = trainer._alone.evaluate(variables, images, labels)
+    np.testing.assert_allclose(correct, right, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "dataset", "options", "message"),
+    [
+        ("unet", "digits", {}, r"labels of shape \(\), got \(8, 8\) of unet"),
+        ("resnet8", "scenes", {}, r"labels of shape \(64, 64\), got \(\) of resnet8"),
+        ("unet", "scenes", {"augment": True}, "Expected images with one label each"),
+        ("resnet8", "sequences", {"augment": True}, "Expected images with one label"),
+    ],
+)
+def test_models_and_data_sets_that_do_not_fit_are_refused(
+    model, dataset, options, message
+) -> None:
+    data = to_device(tasks.load(dataset).limited(64))
+    settings = Settings(model=model, batch_size=8, **options)
+    with pytest.raises(ValueError, match=message):
+        Trainer(settings, methods.parse_method("bn"), data)
 
 
 def test_a_batch_has_whole_groups_of_rows() -> None:
