@@ -33,9 +33,11 @@ from models.linen_units import LinenUnits
 from step import VARIANTS
 from tests.cases import LAYER_SHAPES
 
-# The paper's amounts. None is ours without a sampler: flax's arithmetic to the bit.
+# The default, and the paper's amounts. None is ours without a sampler: flax's arithmetic
+# to the bit.
 SAMPLERS: dict[str, sbn.Sampler | None] = {
     "all": None,
+    "Lattice": sbn.LatticeSampling(),
     "NS 4": sbn.NaiveSampling(4),
     "BS 4": sbn.BatchSampling(4),
     "FS 1/64 groups=1": sbn.FeatureSampling(1 / 64, groups=1),
@@ -49,7 +51,10 @@ _DENSE_BATCH = 32  # a multilayer perceptron sees so many times the rows
 BLOCKS = {
     "flax": VARIANTS["flax BN"],
     "conv": VARIANTS["no norm"],
-    **{name: VARIANTS[name] for name in ("FS 1/64", "FS 1/64 folded", "BS 8 folded")},
+    **{
+        name: VARIANTS[name]
+        for name in ("Lattice", "Lattice folded", "FS 1/64 folded", "BS 8 folded")
+    },
 }
 # The convolution that makes a layer's shape: one row of its input, kernel and strides.
 CONVOLUTIONS: dict[str, tuple[tuple[int, int, int], int, int]] = {
@@ -182,7 +187,7 @@ def norms(name: str, dtype: str) -> dict[str, nn.Module]:
         "flax": nn.BatchNorm(use_running_average=False, dtype=dtype)
     }
     for label, sampler in SAMPLERS.items():
-        if len(LAYER_SHAPES[name]) == 1 and "FS" in label:
+        if len(LAYER_SHAPES[name]) == 1 and ("FS" in label or label == "Lattice"):
             continue
         variants[label] = sbn.linen.BatchNorm(
             use_running_average=False, dtype=dtype, sampler=sampler
