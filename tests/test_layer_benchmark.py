@@ -14,7 +14,7 @@ def test_it_writes_a_ratio_for_every_variant(
     monkeypatch.setitem(layer.LAYER_SHAPES, "resnet50-stem", (4, 4, 8))
     monkeypatch.setitem(layer.CONVOLUTIONS, "resnet50-stem", ((8, 8, 3), 7, 2))
     for table in layer.SAMPLERS, layer.BLOCKS:
-        for name in table.keys() - {"flax", "conv", "all", "FS 1/64"}:
+        for name in table.keys() - {"flax", "conv", "all", "Lattice"}:
             monkeypatch.delitem(table, name)
     path = tmp_path / "results" / "layer.json"
     argv = ["--what", what, "--shape", "resnet50-stem", "--batch-size", "8"]
@@ -27,7 +27,7 @@ def test_it_writes_a_ratio_for_every_variant(
     assert rows["flax"]["ratio"] == 1
     assert all(row["ratio"] > 0 for row in rows.values())
     assert {"device", "dtype", "versions", "date"} <= report.keys()
-    assert "FS 1/64" in capsys.readouterr().out
+    assert "Lattice" in capsys.readouterr().out
     if what == "block":
         assert rows["conv"]["own_milliseconds"] == 0
 
@@ -54,8 +54,8 @@ def test_a_norm_is_charged_what_its_block_takes_more_in_the_same_round(
     seconds = {
         "flax": [4.0, 9.0, 5.0],
         "conv": [2.0, 5.0, 3.0],
-        "FS 1/64": [3.0, 6.0, 4.0],
-        "FS 1/64 folded": [2.5, 5.5, 3.5],
+        "Lattice": [3.0, 6.0, 4.0],
+        "Lattice folded": [2.5, 5.5, 3.5],
         "BS 8 folded": [1.0, 4.0, 2.0],
     }
     monkeypatch.setattr(layer, "compiled_step", lambda *args: None)
@@ -65,7 +65,7 @@ def test_a_norm_is_charged_what_its_block_takes_more_in_the_same_round(
     assert own == {
         "flax": 1,
         "conv": 0,
-        "FS 1/64": 0.5,
-        "FS 1/64 folded": 0.25,
+        "Lattice": 0.5,
+        "Lattice folded": 0.25,
         "BS 8 folded": -0.5,
     }
