@@ -33,7 +33,7 @@ from models.linen_units import LinenUnits
 from step import VARIANTS
 from tests.cases import LAYER_SHAPES
 
-# The default, and the paper's amounts. None is ours without a sampler: flax's to the bit.
+# The default, and the paper's amounts. None is ours without a sampler, as flax's.
 SAMPLERS: dict[str, sbn.Sampler | None] = {
     "all": None,
     "Lattice": sbn.LatticeSampling(),
