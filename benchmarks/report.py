@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import curves
+import modes_table
 import noise_table
 import plots
 import reliability_tables
@@ -126,7 +127,10 @@ def study_pages(
     apart = [study for study in found if study.kind == "normalizers"]
     others = [study for study in found if study.kind != "normalizers"]
     path = root / "docs" / "accuracy.md"
-    table = {"noise": ("noise", noise_table.noise_table)}
+    table = {
+        "noise": ("noise", noise_table.noise_table),
+        "modes": ("modes", modes_table.modes_table),
+    }
     return [
         joined(
             study_page(path, _STUDY, others), result_page(path, _STUDY, table, reports)

@@ -192,6 +192,13 @@ class Trainer:
                 for one, share in zip(now, shares, strict=True)
             )
 
+    def epoch(self, state: State) -> State:
+        """Returns the state after another epoch."""
+        state = self._alone.start_epoch(state)
+        for _ in range(0, self.steps, self.stride):
+            state = self.step(state, self.data.images, self.data.labels)
+        return state
+
     def _progress(
         self, state: State, epoch: int, step: int, begin: float
     ) -> tuple[Epoch, ...]:
