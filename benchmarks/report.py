@@ -140,7 +140,8 @@ def study_pages(
 
 
 def study_page(path: Path, charts: str, found: Sequence[studies.Study]) -> Page:
-    """Returns a page of studies."""
+    """Returns a page of studies; of which nothing was trained yet are not on it."""
+    found = [study for study in found if study.settings]
 
     def draw(folder: Path) -> None:
         for study in found:

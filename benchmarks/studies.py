@@ -94,8 +94,6 @@ def read(examples: Path) -> list[Study]:
 
 def section(study: Study, images: Sequence[str]) -> str:
     """Returns what a page shows of a study."""
-    if not study.settings:
-        return f"{protocol(study)} Not trained yet."
     table = TABLES.get(study.kind, setting_table)
     return "\n\n".join([caption(study), *images, table(study)])
 

@@ -65,6 +65,7 @@ def folder(tmp_path) -> Path:
     )
     (docs / "accuracy.md").write_text(
         "# Mine\n<!-- begin: noise -->\n<!-- end -->\n"
+        "<!-- begin: modes -->\n<!-- end -->\n"
         "<!-- begin: ratio-short -->\n<!-- end -->\n"
     )
     (docs / "normalizers.md").write_text("# All of them\n")
@@ -178,10 +179,10 @@ def test_a_study_is_compared_with_batch_norm_seed_by_seed(folder) -> None:
     assert run(folder, "--check") == 0
 
 
-def test_a_study_without_results_says_so(folder) -> None:
+def test_a_study_without_results_is_not_shown(folder) -> None:
     run(folder)
     page = (folder / "docs" / "accuracy.md").read_text()
-    assert "Not trained yet" in page
+    assert "<!-- begin: ratio-short -->\n<!-- end -->\n" in page
     assert not list(folder.glob("docs/_static/study*"))
 
 
@@ -268,15 +269,44 @@ def test_a_study_by_rows_is_a_table_of_rows() -> None:
     assert lines[2:] == ["|`bn`|20.0|40.0|10.0|", "|`gn`|30.0|50.0|-|"]
 
 
-def test_a_chart_has_a_line_for_every_method() -> None:
-    norms = ["bn", *(f"bs:{rows}" for rows in range(1, 15))]
-    record = {"train_loss": [2.0, 1.0], "test_accuracy": [0.1, 0.2]}
-    experiments = grid.experiments({"norm": norms})
-    study = studies.Study("ratio-x", experiments, dict.fromkeys(experiments, record))
-    loss, _ = curves.ratio_chart(study, "black", "grey").axes
-    drawn = [(line.get_color(), line.get_linestyle()) for line in loss.lines]
-    assert len(drawn) == len(norms)
-    assert len(set(drawn)) == 13  # six colours in two styles, and the reference
+def study_of(norms, **of_norm) -> studies.Study:
+    """A study with the losses and shares of each norm, the same for two seeds."""
+    experiments = grid.experiments({"norm": norms, "seed": [0, 1]})
+    records = {
+        e: {
+            "train_loss": [2.0, of_norm["loss"][e.norm] + 0.1 * e.seed],
+            "test_accuracy": [0.1, 0.2],
+            "measured": 0.1,
+        }
+        for e in experiments
+    }
+    return studies.Study("x-y", experiments, records)
+
+
+def test_a_chart_of_shares_has_a_line_for_every_family() -> None:
+    norms = ["bn", "lattice", "bs:1", "bs:2", "bs:2~3/4", "fs:1/4", "vdn:2", "ns:1"]
+    study = study_of(norms, loss=dict.fromkeys(norms, 1.0))
+    (axes,) = curves.ratio_chart(study, "black", "grey").axes
+    drawn = {(line.get_color(), line.get_linestyle()) for line in axes.lines}
+    assert len(drawn & {(s["color"], s["linestyle"]) for s in curves._STYLES}) == 6
+    assert ("black", "--") in drawn
+
+
+def test_a_chart_of_methods_shows_their_distance_from_batch_norm() -> None:
+    loss = {"bn": 1.0, "lattice": 1.25, "fs:1/64": 1.5, "gn": 3.0}
+    figure = curves.methods_chart(study_of([*loss], loss=loss), "black", "grey")
+    losses, apart = figure.axes
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == [
+        "batch norm",
+        "LatticeSampling()",
+        "FeatureSampling(1 / 64)",
+    ]
+    assert [line.get_ydata()[-1] for line in losses.lines] == [1.05, 1.3, 1.55]
+    assert [list(line.get_ydata()) for line in apart.lines] == [
+        [0, 0.25],
+        [0, 0.5],
+        [0, 0],
+    ]
 
 
 def test_the_committed_pages_are_up_to_date() -> None:
