@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from flax_sbn.alternatives.schedules import Ramp
+from flax_sbn.alternatives.schedules import Ramp, value_at
+from flax_sbn.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import Statistics
@@ -81,3 +82,21 @@ def batch_renorm(
     return batch_norm(
         x, scale, bias, running=running, correct=correct, epsilon=epsilon, **options
     )
+
+
+class RenormHooks(Hooks):
+    """Corrects within limits that grow with the number of steps."""
+
+    averages_deviations = True
+
+    def _correct(
+        self: Any, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
+        return renormalize(
+            statistics,
+            running,
+            running_weight=self.running_weight,
+            r_max=value_at(self.r_max, self._num_steps()),
+            d_max=value_at(self.d_max, self._num_steps()),
+            epsilon=self.epsilon,
+        )

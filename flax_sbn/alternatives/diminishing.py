@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
+from flax_sbn.alternatives.schedules import value_at
+from flax_sbn.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Statistics
 
@@ -185,3 +187,19 @@ def one_over_steps(step: jax.Array, floor: float = 0.25) -> jax.Array:
       [1.0, 0.5, 0.25]
     """
     return jnp.maximum(1 / (step + 1), floor)
+
+
+class DiminishingHooks(Hooks):
+    """Corrects and updates alike, with a weight that depends on the number of steps."""
+
+    def _correct(
+        self: Any, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
+        weight = value_at(self.weight, self._num_steps())
+        return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
+
+    def _update(self: Any, running: Statistics, statistics: Statistics) -> Statistics:
+        weight = value_at(self.weight, self._num_steps())
+        return update_diminished(
+            running, statistics, weight=weight, epsilon=self.epsilon
+        )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from flax_sbn.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Moments, Statistics, wide
 
@@ -141,3 +142,18 @@ def real(x: ArrayLike) -> jax.Array:
             f"Expected real values, got dtype={x.dtype}. BatchNorm takes complex ones."
         )
     return wide(x)
+
+
+class L1Hooks(Hooks):
+    """Measures the mean absolute deviation."""
+
+    averages_deviations = True
+
+    def _measure(
+        self: Any,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        return l1_moments(x, axes, where, one_pass, epsilon=self.epsilon)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_sbn.alternatives.l1 import real, variance_of
+from flax_sbn.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Moments, Statistics
 
@@ -157,3 +158,20 @@ def range_batch_norm(
     """
     measure = functools.partial(range_moments, num_chunks=num_chunks, epsilon=epsilon)
     return batch_norm(x, scale, bias, measure=measure, epsilon=epsilon, **options)
+
+
+class RangeHooks(Hooks):
+    """Measures the range."""
+
+    averages_deviations = True
+
+    def _measure(
+        self: Any,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        return range_moments(
+            x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
+        )

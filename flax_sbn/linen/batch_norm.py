@@ -1,9 +1,7 @@
 """flax.linen.BatchNorm plus a sampler."""
 
-import functools
 import inspect
-from collections.abc import Callable
-from typing import ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,25 +10,18 @@ from flax import linen as nn
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
 from flax_sbn.estimation import ALL_INPUTS
+from flax_sbn.hooks import Hooks
 from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.linen.keys import draw_key
-from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
-from flax_sbn.statistics import (
-    Moments,
-    Statistics,
-    keep_unmeasured,
-    mean_and_var,
-    reduction_axes,
-    update_running,
-)
+from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 
 # Without what linen wraps around it, to which it would be a call of its own: captured,
 # intercepted and tabulated beside that of the layer.
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 
 
-class BatchNorm(nn.BatchNorm):
+class BatchNorm(Hooks, nn.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
     :class:`flax.linen.BatchNorm` with four more fields, ``sampler``,
@@ -123,101 +114,37 @@ class BatchNorm(nn.BatchNorm):
                 self._keep(keep_unmeasured(self._running(features), running))
             return y
 
-        norm = functools.partial(
-            ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
+        options = self._training(features, mask)
+        y, statistics = ghost_batch_norm(
+            x,
+            *self._affine(features),
+            num_groups=self.ghost_groups,
+            axis=self.axis,
+            **options,
         )
-        return self._measured(norm, features, mask)
+        self._learn(options["running"], statistics)
+        return y
 
     @nn.nowrap
-    def _measured(
-        self,
-        norm: Callable[..., tuple[jax.Array, Statistics]],
-        features: tuple[int, ...],
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalizes with what ``norm`` measures, and updates the running statistics.
+    def _training(
+        self, features: tuple[int, ...], mask: jax.Array | None
+    ) -> dict[str, Any]:
+        """Returns the options of a training step; see :meth:`Hooks._options`.
 
         Args:
-          norm: called with scale, bias and the layer's options.
           features: extent of the feature axes.
           mask: see ``__call__``.
-
-        Returns:
-          The first result of ``norm``.
         """
         key = None
         if needs_key(self.sampler):
             key = draw_key(self, self.rng_collection, str(self.sampler))
-        running = self._running(features)
-        y, statistics = norm(
-            *self._affine(features),
-            sampler=self.sampler,
-            key=key,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            running=running,
-            measure=self._measure,
-            correct=self._correct,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
-        self._keep(self._update(running, statistics))
-        return y
-
-    # What methods that measure or correct otherwise have of their own.
-
-    # Whether the running average is of standard deviations, not of variances.
-    averages_deviations: ClassVar[bool] = False
-
-    @nn.nowrap
-    def _measure(
-        self,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        """Returns the moments of measured values."""
-        return mean_and_var(x, axes, where, one_pass)
-
-    @nn.nowrap
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        return renormalize(
-            statistics,
-            running,
-            running_weight=self.running_weight,
-            epsilon=self.epsilon,
-        )
-
-    @nn.nowrap
-    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        epsilon = self.epsilon if self.averages_deviations else None
-        return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
+        return self._options(self._running(features), key, mask)
 
     @nn.nowrap
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         wanted = self.has_variable("batch_stats", ALL_INPUTS)
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
-
-    @nn.nowrap
-    def _as_flax(self) -> bool:
-        """Whether training is that of flax's own layer."""
-        own = type(self)
-        return (
-            self.sampler is None
-            and self.running_weight == 0
-            and self.ghost_groups == 1
-            and own._measure is BatchNorm._measure
-            and own._correct is BatchNorm._correct
-            and own._update is BatchNorm._update
-            and not self.averages_deviations
-        )
 
     @nn.nowrap
     def _affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:

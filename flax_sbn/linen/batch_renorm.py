@@ -1,15 +1,11 @@
 """Batch Renormalization."""
 
-from flax import linen as nn
-
-from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
-from flax_sbn.alternatives.schedules import Schedule, value_at
+from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX, RenormHooks
+from flax_sbn.alternatives.schedules import Schedule
 from flax_sbn.linen.counting import CountingBatchNorm
-from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Statistics
 
 
-class BatchRenorm(CountingBatchNorm):
+class BatchRenorm(RenormHooks, CountingBatchNorm):
     r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
 
     .. math::
@@ -56,19 +52,3 @@ class BatchRenorm(CountingBatchNorm):
     running_weight: float = 1.0
     r_max: Schedule = R_MAX
     d_max: Schedule = D_MAX
-
-    averages_deviations = True
-
-    @nn.nowrap
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        return renormalize(
-            statistics,
-            running,
-            running_weight=self.running_weight,
-            r_max=value_at(self.r_max, self._num_steps()),
-            d_max=value_at(self.d_max, self._num_steps()),
-            epsilon=self.epsilon,
-        )

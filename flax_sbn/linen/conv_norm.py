@@ -1,24 +1,17 @@
 """flax.linen.Conv with a batch norm folded into it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import InitVar, field
+from collections.abc import Sequence
+from dataclasses import field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.linear import default_kernel_init
-from jax.typing import DTypeLike
 
-from flax_sbn.activation import Activation, fused
 from flax_sbn.convolution import Extents, Padding
-from flax_sbn.folding import refuse_options
-from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.linen.linear_norm import has_bias, linear_norm
-from flax_sbn.sampling import Sampler
+from flax_sbn.linen.linear_norm import LinearNorm
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(LinearNorm):
     r"""Convolution, batch norm, residual and activation, for the price of a bias.
 
     .. math::
@@ -106,35 +99,8 @@ class ConvNorm(nn.Module):
     kernel_dilation: Extents = 1
     feature_group_count: int = 1
     mask: jax.Array | None = None
-    use_running_average: bool | None = None
-    momentum: float = 0.99
-    epsilon: float = 1e-5
-    norm_bias: bool = True
-    norm_scale: bool = True
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros
-    scale_init: nn.initializers.Initializer = nn.initializers.ones
-    axis_name: str | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
-    dtype: DTypeLike | None = None
-    param_dtype: DTypeLike = jnp.float32
-    precision: Any = None
-    kernel_init: nn.initializers.Initializer = default_kernel_init
-    conv_general_dilated: Any = None
-    conv_general_dilated_cls: Any = None
-    sampler: Sampler | None = None
-    running_weight: float | None = None
-    rng_collection: str = "sampling"
-    norm_cls: Callable[..., BatchNorm] = BatchNorm
-    activation: Activation | None = None
-    use_bias: InitVar[None] = field(default=None, kw_only=True)
-    use_scale: InitVar[None] = field(default=None, kw_only=True)
-
-    def __post_init__(self, use_bias: None = None, use_scale: None = None) -> None:
-        refuse_options(use_bias=use_bias, use_scale=use_scale)
-        self.activation = fused(self.activation)
-        super().__post_init__()
+    conv_general_dilated: Any = field(default=None, kw_only=True)
+    conv_general_dilated_cls: Any = field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -165,7 +131,7 @@ class ConvNorm(nn.Module):
             self.input_dilation,
             self.kernel_dilation,
             self.feature_group_count,
-            use_bias=has_bias(self, "conv"),
+            use_bias=self._has_bias("conv"),
             mask=self.mask,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -178,6 +144,4 @@ class ConvNorm(nn.Module):
         window = self.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
         kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)
-        return linear_norm(
-            self, conv, kernel_shape, x, residual, use_running_average, mask
-        )
+        return self._apply(conv, kernel_shape, x, residual, use_running_average, mask)

@@ -1,18 +1,11 @@
 """Diminishing batch norm, as a linen layer."""
 
-from flax import linen as nn
-
-from flax_sbn.alternatives.diminishing import (
-    diminished,
-    one_over_steps,
-    update_diminished,
-)
-from flax_sbn.alternatives.schedules import Schedule, value_at
+from flax_sbn.alternatives.diminishing import DiminishingHooks, one_over_steps
+from flax_sbn.alternatives.schedules import Schedule
 from flax_sbn.linen.counting import CountingBatchNorm
-from flax_sbn.statistics import Statistics
 
 
-class DiminishingBatchNorm(CountingBatchNorm):
+class DiminishingBatchNorm(DiminishingHooks, CountingBatchNorm):
     r"""Batch norm with a moving average whose steps grow smaller, in training as well.
 
     .. math::
@@ -56,19 +49,3 @@ class DiminishingBatchNorm(CountingBatchNorm):
     """
 
     weight: Schedule = one_over_steps
-
-    @nn.nowrap
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        weight = value_at(self.weight, self._num_steps())
-        return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
-
-    @nn.nowrap
-    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        weight = value_at(self.weight, self._num_steps())
-        return update_diminished(
-            running, statistics, weight=weight, epsilon=self.epsilon
-        )

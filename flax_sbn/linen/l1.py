@@ -1,14 +1,10 @@
 """L1-norm batch norm as a linen layer."""
 
-import jax
-from flax import linen as nn
-
-from flax_sbn.alternatives.l1 import l1_moments
+from flax_sbn.alternatives.l1 import L1Hooks
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments
 
 
-class L1BatchNorm(BatchNorm):
+class L1BatchNorm(L1Hooks, BatchNorm):
     r"""Batch norm by the mean absolute deviation.
 
     .. math::
@@ -37,16 +33,3 @@ class L1BatchNorm(BatchNorm):
     Source: Wu et al., "L1-Norm Batch Normalization for Efficient Training of Deep
     Neural Networks", arXiv 1802.09769.
     """
-
-    averages_deviations = True
-
-    @nn.nowrap
-    def _measure(
-        self,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        """Returns the moments of measured values."""
-        return l1_moments(x, axes, where, one_pass, epsilon=self.epsilon)

@@ -1,35 +1,22 @@
 """What the folded linen layers share: a linear layer and a norm that folds into it."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import InitVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.errors import ScopeParamNotFoundError
+from flax.linen.linear import default_kernel_init
+from jax.typing import DTypeLike
 
-from flax_sbn.activation import add_and_activate
+from flax_sbn.activation import Activation, add_and_activate, fused
 from flax_sbn.convolution import masked_kernel
-from flax_sbn.folding import fold_like
-from flax_sbn.statistics import Statistics
-
-
-def has_bias(layer: nn.Module, name: str) -> bool:
-    """Whether the submodule has a bias: its norm was folded into it for good.
-
-    Raises:
-      ValueError: if there is a norm as well.
-    """
-    variables = layer.variables
-    if "bias" not in variables.get("params", {}).get(name, {}):
-        return False
-    if any("norm" in variables.get(of, {}) for of in ("params", "batch_stats")):
-        raise ValueError(
-            f"Expected a norm and {name} without a bias, or variables of "
-            f"fold_variables, got {name}/bias and norm. Subtract the bias from "
-            "norm/mean and leave it out."
-        )
-    return True
+from flax_sbn.folding import fold_like, refuse_options
+from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.sampling import Sampler
 
 
 @contextlib.contextmanager
@@ -45,88 +32,133 @@ def _hint_at_conversion() -> Iterator[None]:
         raise
 
 
-@_hint_at_conversion()
-def linear_norm(
-    layer: Any,
-    linear: nn.Conv | nn.Dense,
-    kernel_shape: tuple[int, ...],
-    x: jax.Array,
-    residual: jax.Array | None,
-    use_running_average: bool | None,
-    mask: jax.Array | None,
-) -> jax.Array:
-    """Applies a linear layer, its norm, the residual and the activation.
+class LinearNorm(nn.Module, kw_only=True):
+    """A linear layer and a norm that folds into it, see :class:`ConvNorm`.
 
-    Args:
-      layer: :class:`ConvNorm` or :class:`DenseNorm`, in its ``__call__``.
-      linear: its linear layer.
-      kernel_shape: shape of the kernel of ``linear``.
-      x: input.
-      residual: see there, as for the rest.
-      use_running_average: see there.
-      mask: see there.
+    The attributes are documented there.
     """
-    evaluate = nn.merge_param(
-        "use_running_average", layer.use_running_average, use_running_average
-    )
-    if linear.use_bias:
-        if not evaluate:
+
+    use_running_average: bool | None = None
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    norm_bias: bool = True
+    norm_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: str | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    precision: Any = None
+    kernel_init: nn.initializers.Initializer = default_kernel_init
+    sampler: Sampler | None = None
+    running_weight: float | None = None
+    rng_collection: str = "sampling"
+    norm_cls: Callable[..., BatchNorm] = BatchNorm
+    activation: Activation | None = None
+    use_bias: InitVar[None] = None
+    use_scale: InitVar[None] = None
+
+    def __post_init__(self, use_bias: None = None, use_scale: None = None) -> None:
+        refuse_options(use_bias=use_bias, use_scale=use_scale)
+        self.activation = fused(self.activation)
+        super().__post_init__()
+
+    @nn.nowrap
+    def _has_bias(self, name: str) -> bool:
+        """Whether the submodule has a bias: its norm was folded into it for good.
+
+        Raises:
+          ValueError: if there is a norm as well.
+        """
+        variables = self.variables
+        if "bias" not in variables.get("params", {}).get(name, {}):
+            return False
+        if any("norm" in variables.get(of, {}) for of in ("params", "batch_stats")):
             raise ValueError(
-                "Expected use_running_average=True, got False with variables whose "
-                "norm is folded for good. Train with those given to fold_variables."
+                f"Expected a norm and {name} without a bias, or variables of "
+                f"fold_variables, got {name}/bias and norm. Subtract the bias from "
+                "norm/mean and leave it out."
             )
-        return add_and_activate(linear(x), residual, layer.activation)
+        return True
 
-    own = (
-        {} if layer.running_weight is None else {"running_weight": layer.running_weight}
-    )
-    norm = layer.norm_cls(
-        use_running_average=evaluate,
-        momentum=layer.momentum,
-        epsilon=layer.epsilon,
-        dtype=layer.dtype,
-        param_dtype=layer.param_dtype,
-        use_bias=layer.norm_bias,
-        use_scale=layer.norm_scale,
-        bias_init=layer.bias_init,
-        scale_init=layer.scale_init,
-        axis_name=layer.axis_name,
-        axis_index_groups=layer.axis_index_groups,
-        use_fast_variance=layer.use_fast_variance,
-        force_float32_reductions=layer.force_float32_reductions,
-        sampler=layer.sampler,
-        rng_collection=layer.rng_collection,
-        name="norm",
-        **own,
-    )
-    if layer.is_initializing() or not (evaluate or norm._folds()):
-        y = norm(linear(x), mask=mask)
-        return add_and_activate(y, residual, layer.activation)
+    @nn.nowrap
+    @_hint_at_conversion()
+    def _apply(
+        self,
+        linear: nn.Conv | nn.Dense,
+        kernel_shape: tuple[int, ...],
+        x: jax.Array,
+        residual: jax.Array | None,
+        use_running_average: bool | None,
+        mask: jax.Array | None,
+    ) -> jax.Array:
+        """Applies a linear layer, its norm, the residual and the activation.
 
-    assert linear.scope is not None
-    kernel = linear.scope.param(
-        "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
-    )
-    kernel = masked_kernel(kernel, getattr(linear, "mask", None))
+        Args:
+          linear: the linear layer.
+          kernel_shape: shape of its kernel.
+          x: input.
+          residual: see :class:`ConvNorm`, as for the rest.
+          use_running_average: see there.
+          mask: see there.
+        """
+        evaluate = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        if linear.use_bias:
+            if not evaluate:
+                raise ValueError(
+                    "Expected use_running_average=True, got False with variables whose "
+                    "norm is folded for good. Train with those given to fold_variables."
+                )
+            return add_and_activate(linear(x), residual, self.activation)
 
-    def folded(scale: Any, bias: Any, **options: Any) -> tuple[jax.Array, Statistics]:
-        return fold_like(linear)(
+        own = {}
+        if self.running_weight is not None:
+            own["running_weight"] = self.running_weight
+        norm = self.norm_cls(
+            use_running_average=evaluate,
+            momentum=self.momentum,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            use_bias=self.norm_bias,
+            use_scale=self.norm_scale,
+            bias_init=self.bias_init,
+            scale_init=self.scale_init,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            use_fast_variance=self.use_fast_variance,
+            force_float32_reductions=self.force_float32_reductions,
+            sampler=self.sampler,
+            rng_collection=self.rng_collection,
+            name="norm",
+            **own,
+        )
+        if self.is_initializing() or not (evaluate or norm._folds()):
+            y = norm(linear(x), mask=mask)
+            return add_and_activate(y, residual, self.activation)
+
+        assert linear.scope is not None
+        kernel = linear.scope.param(
+            "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
+        )
+        features = kernel_shape[-1:]
+        if evaluate:
+            options = norm._evaluation(norm._running(features))
+        else:
+            options = norm._training(features, mask)
+        y, statistics = fold_like(linear)(
             x,
-            kernel,
-            scale,
-            bias,
+            masked_kernel(kernel, getattr(linear, "mask", None)),
+            *norm._affine(features),
             residual=residual,
-            activation=layer.activation,
+            activation=self.activation,
             **options,
         )
-
-    features = kernel_shape[-1:]
-    if not evaluate:
-        return norm._measured(folded, features, mask)
-    y, _ = folded(
-        *norm._affine(features),
-        statistics=norm._running(features),
-        epsilon=layer.epsilon,
-        dtype=layer.dtype,
-    )
-    return y
+        if not evaluate:
+            norm._learn(options["running"], statistics)
+        return y

@@ -1,14 +1,10 @@
 """Range batch norm as a linen layer."""
 
-import jax
-from flax import linen as nn
-
-from flax_sbn.alternatives.range_norm import range_moments
+from flax_sbn.alternatives.range_norm import RangeHooks
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments
 
 
-class RangeBatchNorm(BatchNorm):
+class RangeBatchNorm(RangeHooks, BatchNorm):
     r"""Batch norm by the range of the values.
 
     With the largest and smallest of ``n`` values, averaged over ``num_chunks`` chunks:
@@ -47,18 +43,3 @@ class RangeBatchNorm(BatchNorm):
     """
 
     num_chunks: int = 16
-
-    averages_deviations = True
-
-    @nn.nowrap
-    def _measure(
-        self,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        """Returns the moments of measured values."""
-        return range_moments(
-            x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
-        )

@@ -13,9 +13,9 @@ from flax.linen.dtypes import promote_dtype
 
 from flax_sbn import switching
 from flax_sbn.activation import fused_relu
-from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.normalization import batch_norm
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import reduction_axes
 
@@ -301,11 +301,14 @@ class _Interceptor:
         norm: switching.Norm
         if why_not or product is None:
             switching.note(path, "sampled", reason=why_not)
-            norm = functools.partial(ghost_batch_norm, x, num_groups=1, axis=ours.axis)
+            norm = functools.partial(batch_norm, x, axis=ours.axis)
         else:
             switching.note(path, "folded", layer=product.path)
             norm = product.norm()
-        return ours._measured(norm, features, mask)
+        given = ours._training(features, mask)
+        y, statistics = norm(*ours._affine(features), **given)
+        ours._learn(given["running"], statistics)
+        return y
 
 
 _active: contextvars.ContextVar[_Interceptor | None] = contextvars.ContextVar(

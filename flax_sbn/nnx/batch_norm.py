@@ -1,8 +1,6 @@
 """flax.nnx.BatchNorm plus a sampler."""
 
-import functools
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,25 +8,18 @@ from flax import nnx
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
 from flax_sbn.estimation import ALL_INPUTS
+from flax_sbn.hooks import Hooks
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.keys import draw_key, fork_stream
-from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import Sampler, needs_key
-from flax_sbn.statistics import (
-    Moments,
-    Statistics,
-    keep_unmeasured,
-    mean_and_var,
-    reduction_axes,
-    update_running,
-)
+from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 
 # As it is now: nnx.tabulate and nnx.capture replace it where flax's own layer is in the
 # model as well, and would take it for a call of its own.
 _flax_call = nnx.BatchNorm.__call__
 
 
-class BatchNorm(nnx.BatchNorm):
+class BatchNorm(Hooks, nnx.BatchNorm):
     r"""Batch normalization with statistics from a sample of the batch.
 
     :class:`flax.nnx.BatchNorm` with four more arguments, ``sampler``,
@@ -138,97 +129,29 @@ class BatchNorm(nnx.BatchNorm):
         x, _, _, scale, bias = self.promote_dtype(
             (x, *running, scale, bias), dtype=self.dtype
         )
-        norm = functools.partial(
-            ghost_batch_norm,
+        options = self._training(mask)
+        y, statistics = ghost_batch_norm(
             x,
             scale,
             bias,
             num_groups=self.ghost_groups,
             axis=self.axis,
+            **options,
         )
-        return self._measured(norm, mask)
+        self._learn(options["running"], statistics)
+        return y
 
-    def _measured(
-        self,
-        norm: Callable[..., tuple[jax.Array, Statistics]],
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Normalizes with what ``norm`` measures, and updates the running statistics.
-
-        Args:
-          norm: called with the layer's options.
-          mask: see ``__call__``.
-
-        Returns:
-          The first result of ``norm``.
-        """
-        running = self._running()
+    def _training(self, mask: jax.Array | None) -> dict[str, Any]:
+        """Returns the options of a training step; see :meth:`Hooks._options`."""
         key = None
         if needs_key(self.sampler):
             key = draw_key(self.rngs, self.rng_collection, str(self.sampler))
-        y, statistics = norm(
-            sampler=self.sampler,
-            key=key,
-            mask=mask,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            running=running,
-            measure=self._measure,
-            correct=self._correct,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-        )
-        self._keep(self._update(running, statistics))
-        return y
-
-    # What methods that measure or correct otherwise have of their own.
-
-    # Whether the running average is of standard deviations, not of variances.
-    averages_deviations: ClassVar[bool] = False
-
-    def _measure(
-        self,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        """Returns the moments of measured values."""
-        return mean_and_var(x, axes, where, one_pass)
-
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        return renormalize(
-            statistics,
-            running,
-            running_weight=self.running_weight,
-            epsilon=self.epsilon,
-        )
-
-    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        epsilon = self.epsilon if self.averages_deviations else None
-        return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
+        return self._options(self._running(), key, mask)
 
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         wanted = hasattr(self, ALL_INPUTS)
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
-
-    def _as_flax(self) -> bool:
-        """Whether training is that of flax's own layer."""
-        own = type(self)
-        return (
-            self.sampler is None
-            and self.running_weight == 0
-            and self.ghost_groups == 1
-            and own._measure is BatchNorm._measure
-            and own._correct is BatchNorm._correct
-            and own._update is BatchNorm._update
-            and not self.averages_deviations
-        )
 
     def _affine(self) -> tuple[jax.Array | None, ...]:
         """Returns scale and bias, None where the layer has none."""

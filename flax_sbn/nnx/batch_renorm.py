@@ -4,14 +4,12 @@ from typing import Any
 
 from flax import nnx
 
-from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX
-from flax_sbn.alternatives.schedules import Schedule, value_at
+from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX, RenormHooks
+from flax_sbn.alternatives.schedules import Schedule
 from flax_sbn.nnx.counting import CountingBatchNorm
-from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Statistics
 
 
-class BatchRenorm(CountingBatchNorm):
+class BatchRenorm(RenormHooks, CountingBatchNorm):
     r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
 
     .. math::
@@ -71,18 +69,3 @@ class BatchRenorm(CountingBatchNorm):
             num_features, running_weight=running_weight, rngs=rngs, **options
         )
         self.r_max, self.d_max = r_max, d_max
-
-    averages_deviations = True
-
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        return renormalize(
-            statistics,
-            running,
-            running_weight=self.running_weight,
-            r_max=value_at(self.r_max, self.step[...]),
-            d_max=value_at(self.d_max, self.step[...]),
-            epsilon=self.epsilon,
-        )

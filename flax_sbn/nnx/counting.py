@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -15,6 +16,10 @@ class CountingBatchNorm(BatchNorm):
     def __init__(self, num_features: int, *, rngs: nnx.Rngs, **options: Any) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.step = nnx.BatchStat(jnp.zeros((), jnp.int32))
+
+    def _num_steps(self) -> jax.Array:
+        """Returns the number of training steps so far."""
+        return self.step[...]
 
     def _keep(self, running: Statistics) -> None:
         """Keeps the running statistics for the next step, and counts this one."""

@@ -4,17 +4,12 @@ from typing import Any
 
 from flax import nnx
 
-from flax_sbn.alternatives.diminishing import (
-    diminished,
-    one_over_steps,
-    update_diminished,
-)
-from flax_sbn.alternatives.schedules import Schedule, value_at
+from flax_sbn.alternatives.diminishing import DiminishingHooks, one_over_steps
+from flax_sbn.alternatives.schedules import Schedule
 from flax_sbn.nnx.counting import CountingBatchNorm
-from flax_sbn.statistics import Statistics
 
 
-class DiminishingBatchNorm(CountingBatchNorm):
+class DiminishingBatchNorm(DiminishingHooks, CountingBatchNorm):
     r"""Batch norm with a moving average whose steps grow smaller, in training as well.
 
     .. math::
@@ -67,17 +62,3 @@ class DiminishingBatchNorm(CountingBatchNorm):
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.weight = weight
-
-    def _correct(
-        self, statistics: Statistics, running: Statistics | None
-    ) -> Statistics:
-        """Returns what to normalize with, given what was measured."""
-        weight = value_at(self.weight, self.step[...])
-        return diminished(statistics, running, weight=weight, epsilon=self.epsilon)
-
-    def _update(self, running: Statistics, statistics: Statistics) -> Statistics:
-        """Returns the running statistics after a step."""
-        weight = value_at(self.weight, self.step[...])
-        return update_diminished(
-            running, statistics, weight=weight, epsilon=self.epsilon
-        )

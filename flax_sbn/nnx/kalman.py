@@ -1,7 +1,6 @@
 """A linear layer and its batch norm, joined to the layer before by its statistics."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
@@ -139,15 +138,13 @@ class KalmanNorm(nnx.Module):
                 axis_index_groups=norm.axis_index_groups,
             )
 
-        def mixed(**options: Any) -> Any:
-            result = kalman_norm(
-                y,
-                *norm._affine(),
-                prior=prior,
-                prior_weight=self.prior_weight,
-                **options,
-            )
-            return result, result[1]  # returned, and averaged
-
-        result: Any = norm._measured(mixed, mask)
-        return result
+        options = norm._training(mask)
+        y, mixed = kalman_norm(
+            y,
+            *norm._affine(),
+            prior=prior,
+            prior_weight=self.prior_weight,
+            **options,
+        )
+        norm._learn(options["running"], mixed)
+        return y, mixed

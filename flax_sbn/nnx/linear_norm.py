@@ -10,7 +10,6 @@ from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import check_input_features, fold_like, refuse_options
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.statistics import Statistics
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
 _SAME_NAME = (
@@ -90,20 +89,15 @@ def linear_norm(
         y = norm(linear(x), use_running_average, mask=mask)
         return add_and_activate(y, residual, activation)
 
-    kernel = linear.kernel[...]
-    kernel = masked_kernel(kernel, getattr(linear, "mask", None))
-
-    def folded(**options: Any) -> tuple[jax.Array, Statistics]:
-        return fold_like(linear)(
-            x,
-            kernel,
-            *norm._affine(),
-            residual=residual,
-            activation=activation,
-            **options,
-        )
-
+    options = norm._evaluation(norm._running()) if evaluate else norm._training(mask)
+    y, statistics = fold_like(linear)(
+        x,
+        masked_kernel(linear.kernel[...], getattr(linear, "mask", None)),
+        *norm._affine(),
+        residual=residual,
+        activation=activation,
+        **options,
+    )
     if not evaluate:
-        return norm._measured(folded, mask)
-    y, _ = folded(statistics=norm._running(), epsilon=norm.epsilon, dtype=norm.dtype)
+        norm._learn(options["running"], statistics)
     return y

@@ -2,15 +2,13 @@
 
 from typing import Any
 
-import jax
 from flax import nnx
 
-from flax_sbn.alternatives.range_norm import range_moments
+from flax_sbn.alternatives.range_norm import RangeHooks
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.statistics import Moments
 
 
-class RangeBatchNorm(BatchNorm):
+class RangeBatchNorm(RangeHooks, BatchNorm):
     r"""Batch norm by the range of the values.
 
     With the largest and smallest of ``n`` values, averaged over ``num_chunks`` chunks:
@@ -58,17 +56,3 @@ class RangeBatchNorm(BatchNorm):
     ) -> None:
         super().__init__(num_features, rngs=rngs, **options)
         self.num_chunks = num_chunks
-
-    averages_deviations = True
-
-    def _measure(
-        self,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        """Returns the moments of measured values."""
-        return range_moments(
-            x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
-        )

@@ -272,5 +272,8 @@ class _Norm(BatchNorm):
             switching.note(self.path, "sampled", reason=why_not)
             return super().__call__(x, use_running_average, mask=mask)
         switching.note(self.path, "folded", layer=product.path)
+        options = self._training(mask)
         norm = product.norm(self.mean[...])
-        return self._measured(functools.partial(norm, *self._affine()), mask)
+        y, statistics = norm(*self._affine(), **options)
+        self._learn(options["running"], statistics)
+        return y

@@ -1,0 +1,92 @@
+"""What a batch norm does in training, in linen as in nnx."""
+
+from typing import Any, ClassVar
+
+import jax
+
+from flax_sbn.renormalization import renormalize
+from flax_sbn.statistics import Moments, Statistics, mean_and_var, update_running
+
+
+class Hooks:
+    """How a batch norm measures, corrects and updates; knows neither linen nor nnx.
+
+    Mixed into the batch norms of both. A method that does one of these otherwise has
+    hooks of its own beside its function in ``alternatives``, mixed into its two layers.
+    """
+
+    # Whether the running average is of standard deviations, not of variances.
+    averages_deviations: ClassVar[bool] = False
+
+    def _measure(
+        self: Any,
+        x: jax.Array,
+        axes: tuple[int, ...],
+        where: jax.Array | None,
+        one_pass: bool | None,
+    ) -> Moments:
+        """Returns the moments of measured values."""
+        return mean_and_var(x, axes, where, one_pass)
+
+    def _correct(
+        self: Any, statistics: Statistics, running: Statistics | None
+    ) -> Statistics:
+        """Returns what to normalize with, given what was measured."""
+        return renormalize(
+            statistics,
+            running,
+            running_weight=self.running_weight,
+            epsilon=self.epsilon,
+        )
+
+    def _update(self: Any, running: Statistics, statistics: Statistics) -> Statistics:
+        """Returns the running statistics after a step."""
+        epsilon = self.epsilon if self.averages_deviations else None
+        return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
+
+    def _as_flax(self: Any) -> bool:
+        """Whether training is that of flax's own layer."""
+        own = type(self)
+        return (
+            self.sampler is None
+            and self.running_weight == 0
+            and self.ghost_groups == 1
+            and own._measure is Hooks._measure
+            and own._correct is Hooks._correct
+            and own._update is Hooks._update
+            and not self.averages_deviations
+        )
+
+    def _options(
+        self: Any,
+        running: Statistics,
+        key: jax.Array | None,
+        mask: jax.Array | None,
+    ) -> dict[str, Any]:
+        """Returns what :func:`batch_norm` and :func:`conv_norm` are told in training.
+
+        Args:
+          running: the running statistics.
+          key: for samplers that draw.
+          mask: False is not measured.
+        """
+        return {
+            "sampler": self.sampler,
+            "key": key,
+            "mask": mask,
+            "axis_name": self.axis_name,
+            "axis_index_groups": self.axis_index_groups,
+            "running": running,
+            "measure": self._measure,
+            "correct": self._correct,
+            "epsilon": self.epsilon,
+            "dtype": self.dtype,
+        }
+
+    def _evaluation(self: Any, running: Statistics) -> dict[str, Any]:
+        """Returns what :func:`conv_norm` is told at evaluation."""
+        return {"statistics": running, "epsilon": self.epsilon, "dtype": self.dtype}
+
+    def _learn(self: Any, running: Statistics, statistics: Statistics) -> None:
+        """Updates the running statistics with those of a step."""
+        self._keep(self._update(running, statistics))
