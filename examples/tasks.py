@@ -83,8 +83,8 @@ def _scene(images: Images, labels: Labels, rng: np.random.Generator) -> Any:
     for image in images[rng.integers(len(images), size=_PIECES)]:
         top, left = rng.integers(8 - 3, size=2)
         piece = image[top : top + 4, left : left + 4]
-        where = place(8)
-        ink[where] = np.maximum(ink[where], _enlarged(piece))
+        where = place(4)
+        ink[where] = np.maximum(ink[where], piece)
     for i in rng.integers(len(images), size=_DIGITS):
         where, digit = place(16), _enlarged(images[i])
         ink[where] = np.where(digit > 4, digit, ink[where])
