@@ -13,6 +13,7 @@ from flax_sbn.activation import fused_relu, relu
 from flax_sbn.augmentation import augment_batch, repeat_rows
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold
 from flax_sbn.lattice import LatticeSampling
+from flax_sbn.modules.switching import SwitchedNorm, SwitchReport
 from flax_sbn.normalization import batch_norm, normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.sampling import (
@@ -31,7 +32,6 @@ from flax_sbn.statistics import (
     mix_statistics,
     update_running,
 )
-from flax_sbn.switching import SwitchedNorm, SwitchReport
 from flax_sbn.virtual import append_virtual, drop_virtual, virtual_samples
 
 __version__ = "0.1.0"

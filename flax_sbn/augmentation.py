@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_sbn.arguments import check_positive
-from flax_sbn.sharding import laid_out_by_xla
+from flax_sbn.xla.sharding import laid_out_by_xla
 
 
 def augment_batch(

@@ -20,7 +20,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import Extents, Padding, make_convolution
-from flax_sbn.half_precision import round_to
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampled_fold import (
@@ -31,7 +30,6 @@ from flax_sbn.sampled_fold import (
     fold_kernel,
 )
 from flax_sbn.sampling import Sampler, needs_key, sampled_parts
-from flax_sbn.sharding import laid_out_by_xla, varying_like
 from flax_sbn.statistics import (
     Measure,
     Statistics,
@@ -41,6 +39,8 @@ from flax_sbn.statistics import (
     wide,
 )
 from flax_sbn.windows import Part
+from flax_sbn.xla.half_precision import round_to
+from flax_sbn.xla.sharding import laid_out_by_xla, varying_like
 
 
 class NormOptions(TypedDict, total=False):

@@ -18,8 +18,8 @@ from jax import lax
 
 from flax_sbn.arguments import positive_ints
 from flax_sbn.sampling import check_known
-from flax_sbn.transposes import Form, linear
 from flax_sbn.windows import EVERYTHING, Part
+from flax_sbn.xla.transposes import Form, linear
 
 
 @dataclasses.dataclass(frozen=True)

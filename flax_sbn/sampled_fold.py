@@ -32,11 +32,11 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
-from flax_sbn.half_precision import add_shift, offset, round_to
-from flax_sbn.sharding import is_explicit
 from flax_sbn.statistics import Statistics, wide
-from flax_sbn.transposes import Form, linear
 from flax_sbn.windows import Part
+from flax_sbn.xla.half_precision import add_shift, offset, round_to
+from flax_sbn.xla.sharding import is_explicit
+from flax_sbn.xla.transposes import Form, linear
 
 # Makes measured statistics, and those to normalize with, of the values of each part
 # and further arrays; of each feature by its own values.

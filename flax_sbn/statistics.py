@@ -17,8 +17,8 @@ from jax.typing import ArrayLike
 
 from flax_sbn.arguments import check_numbers
 from flax_sbn.sampling import Sampler, sampled_parts
-from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.windows import Part
+from flax_sbn.xla.sharding import laid_out_by_xla
 
 Axis = int | Sequence[int]
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.sampling import VirtualSampling
-from flax_sbn.sharding import laid_out_by_xla
+from flax_sbn.xla.sharding import laid_out_by_xla
 
 
 def virtual_samples(

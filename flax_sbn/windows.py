@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_sbn.batched_slice import batched_slice
+from flax_sbn.xla.batched_slice import batched_slice
 
 Start = int | jax.Array
 

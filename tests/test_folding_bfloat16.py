@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-from flax_sbn import half_precision
+from flax_sbn.xla import half_precision
 from tests import cases, unfolded
 from tests.closeness import assert_close
 from tests.samples import KEY

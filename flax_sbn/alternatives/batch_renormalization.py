@@ -7,7 +7,7 @@ import jax
 from jax.typing import ArrayLike
 
 from flax_sbn.alternatives.schedules import Ramp, value_at
-from flax_sbn.hooks import Hooks
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import Statistics

@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.alternatives.schedules import value_at
-from flax_sbn.hooks import Hooks
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Statistics
 

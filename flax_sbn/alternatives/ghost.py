@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_sbn.normalization import batch_norm
-from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.statistics import Axis, Statistics, broadcast_mask, reduction_axes
+from flax_sbn.xla.sharding import laid_out_by_xla
 
 
 def ghost_batch_norm(

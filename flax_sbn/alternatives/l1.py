@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from flax_sbn.hooks import Hooks
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Moments, Statistics, wide
 

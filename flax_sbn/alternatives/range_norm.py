@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_sbn.alternatives.l1 import real, variance_of
-from flax_sbn.hooks import Hooks
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Moments, Statistics
 

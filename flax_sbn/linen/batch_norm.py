@@ -9,10 +9,10 @@ from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
-from flax_sbn.estimation import ALL_INPUTS
-from flax_sbn.hooks import Hooks
 from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.linen.keys import draw_key
+from flax_sbn.modules.estimation import ALL_INPUTS
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_sbn.switching import Path, SwitchReport, written
+from flax_sbn.modules.switching import Path, SwitchReport, written
 
 # Called with the paths of a layer and its norm, returns that of the folded layer.
 Names = Callable[[str, str], str]

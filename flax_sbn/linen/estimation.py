@@ -9,7 +9,7 @@ from flax.core import unfreeze
 from flax.core.scope import CollectionFilter, union_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_sbn.estimation import (
+from flax_sbn.modules.estimation import (
     ALL_INPUTS,
     Measured,
     Path,

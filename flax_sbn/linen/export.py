@@ -12,9 +12,9 @@ from flax_sbn.folding import fold
 from flax_sbn.linen.as_stored import changed_variables, mark
 from flax_sbn.linen.conv_norm import ConvNorm
 from flax_sbn.linen.dense_norm import DenseNorm
-from flax_sbn.same_outputs import check_same_outputs
-from flax_sbn.sharding import names_of_features
+from flax_sbn.modules.same_outputs import check_same_outputs
 from flax_sbn.statistics import Statistics
+from flax_sbn.xla.sharding import names_of_features
 
 Path = tuple[str, ...]
 

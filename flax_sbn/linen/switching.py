@@ -11,10 +11,10 @@ import jax
 from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 
-from flax_sbn import switching
 from flax_sbn.activation import fused_relu
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.modules import switching
 from flax_sbn.normalization import batch_norm
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import reduction_axes

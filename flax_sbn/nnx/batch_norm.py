@@ -7,8 +7,8 @@ from flax import nnx
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
-from flax_sbn.estimation import ALL_INPUTS
-from flax_sbn.hooks import Hooks
+from flax_sbn.modules.estimation import ALL_INPUTS
+from flax_sbn.modules.hooks import Hooks
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.keys import draw_key, fork_stream
 from flax_sbn.sampling import Sampler, needs_key

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.estimation import (
+from flax_sbn.modules.estimation import (
     Path,
     add_call,
     estimated,

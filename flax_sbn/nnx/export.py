@@ -6,11 +6,11 @@ import jax
 from flax import nnx
 
 from flax_sbn.folding import fold
+from flax_sbn.modules.same_outputs import check_same_outputs
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.conv_norm import ConvNorm
 from flax_sbn.nnx.dense_norm import DenseNorm
-from flax_sbn.same_outputs import check_same_outputs
-from flax_sbn.sharding import names_of_features
+from flax_sbn.xla.sharding import names_of_features
 
 M = TypeVar("M", bound=nnx.Module)
 

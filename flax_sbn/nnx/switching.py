@@ -8,8 +8,8 @@ import jax
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 
-from flax_sbn import switching
 from flax_sbn.lattice import LatticeSampling
+from flax_sbn.modules import switching
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.input_statistics import set_class
 from flax_sbn.nnx.keys import fork_stream

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_sbn.transposes import Form, linear
+from flax_sbn.xla.transposes import Form, linear
 
 
 def batched_slice(

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
-from flax_sbn import switching
+from flax_sbn.modules import switching
 from tests import cases
 from tests.unfolded import quick_jit
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from jax.experimental import jet
 
-from flax_sbn.batched_slice import batched_slice
-from flax_sbn.transposes import Form, linear
+from flax_sbn.xla.batched_slice import batched_slice
+from flax_sbn.xla.transposes import Form, linear
 from tests import cases
 from tests.closeness import assert_close, assert_same_to_rounding
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from flax_sbn.batched_slice import batched_slice
+from flax_sbn.xla.batched_slice import batched_slice
 from tests import cases
 from tests.devices import collectives, mesh
 

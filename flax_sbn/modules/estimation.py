@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_sbn.sharding import laid_out_by_xla
 from flax_sbn.statistics import (
     Measure,
     Moments,
@@ -21,6 +20,7 @@ from flax_sbn.statistics import (
     pool_over_devices,
     reduction_axes,
 )
+from flax_sbn.xla.sharding import laid_out_by_xla
 
 # Where a norm keeps what it has measured. While it is there, no layer folds: all of its
 # output is wanted.

@@ -1,0 +1,1 @@
+"""What the modules of linen and nnx share, which knows neither."""

@@ -1,0 +1,1 @@
+"""What compilers need: blocks in one operation, a form for each platform, rounding."""
