@@ -15,6 +15,8 @@ class Hooks:
     hooks of its own beside its function in ``alternatives``, mixed into its two layers.
     """
 
+    __slots__ = ()  # no layout of its own, for objects that change class
+
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False
 
