@@ -21,7 +21,7 @@ from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 
 
-class BatchNorm(Hooks, nn.BatchNorm):
+class BatchNorm(nn.BatchNorm, Hooks):
     r"""Batch normalization with statistics from a sample of the batch.
 
     :class:`flax.linen.BatchNorm` with four more fields, ``sampler``,

@@ -11,11 +11,12 @@ from flax_sbn.statistics import Moments, Statistics, mean_and_var, update_runnin
 class Hooks:
     """How a batch norm measures, corrects and updates; knows neither linen nor nnx.
 
-    Mixed into the batch norms of both. A method that does one of these otherwise has
-    hooks of its own beside its function in ``alternatives``, mixed into its two layers.
+    Mixed into the batch norms of both, behind flax's class: its objects can become ours
+    and plain again. A method that does one of these otherwise has hooks of its own beside
+    its function in ``alternatives``, mixed into its two layers.
     """
 
-    __slots__ = ()  # no layout of its own, for objects that change class
+    __slots__ = ()
 
     # Whether the running average is of standard deviations, not of variances.
     averages_deviations: ClassVar[bool] = False

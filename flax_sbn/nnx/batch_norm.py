@@ -19,7 +19,7 @@ from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 _flax_call = nnx.BatchNorm.__call__
 
 
-class BatchNorm(Hooks, nnx.BatchNorm):
+class BatchNorm(nnx.BatchNorm, Hooks):
     r"""Batch normalization with statistics from a sample of the batch.
 
     :class:`flax.nnx.BatchNorm` with four more arguments, ``sampler``,
