@@ -12,8 +12,8 @@ class Hooks:
     """How a batch norm measures, corrects and updates; knows neither linen nor nnx.
 
     Mixed into the batch norms of both, behind flax's class: its objects can become ours
-    and plain again. A method that does one of these otherwise has hooks of its own beside
-    its function in ``alternatives``, mixed into its two layers.
+    and plain again. A method that does one of these otherwise has hooks of its own
+    beside its function in ``alternatives``, mixed into its two layers.
     """
 
     __slots__ = ()
