@@ -53,15 +53,15 @@ docs: $(VENV)/.installed-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 bench: $(VENV)/.installed-examples
-	$(VENV)/bin/python benchmarks/train_step.py --minutes 4.5 $(ARGS)
-	$(VENV)/bin/python benchmarks/layer.py --what block --minutes 2 $(ARGS)
-	$(VENV)/bin/python benchmarks/layer.py --minutes 1.5 $(ARGS)
-	$(VENV)/bin/python benchmarks/report.py
+	$(VENV)/bin/python benchmarks/speed/train_step.py --minutes 4.5 $(ARGS)
+	$(VENV)/bin/python benchmarks/speed/layer.py --what block --minutes 2 $(ARGS)
+	$(VENV)/bin/python benchmarks/speed/layer.py --minutes 1.5 $(ARGS)
+	$(VENV)/bin/python benchmarks/reports/report.py
 
 # In an environment of its own: without a driver, JAX's CUDA plugin complains elsewhere.
 traffic scaling:
 	$(MAKE) .venv-traffic/.installed-traffic VENV=.venv-traffic
-	.venv-traffic/bin/python benchmarks/$@.py $(ARGS)
+	.venv-traffic/bin/python benchmarks/compiled/$@.py $(ARGS)
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .

@@ -17,16 +17,15 @@ from typing import Any
 from rich.console import Console
 
 import flax_sbn as sbn
-import methods
-import processes
-from checkpoints import CheckpointError, Checkpoints
-from comparison import new_folder
-from data import DataError
-from measuring import add_counts, check_positive
-from networks import Settings
-from options import COUNTS, add_settings, settings_of
-from pipeline import DiskInput, FakeInput, Input, find
-from resumable import DivergedError, Training
+from harness import methods, processes
+from harness.checkpoints import CheckpointError, Checkpoints
+from harness.comparison import new_folder
+from harness.data import DataError
+from harness.measuring import add_counts, check_positive
+from harness.networks import Settings
+from harness.options import COUNTS, add_settings, settings_of
+from harness.pipeline import DiskInput, FakeInput, Input, find
+from harness.resumable import DivergedError, Training
 
 _DEFAULT = Settings(
     model="resnet50",

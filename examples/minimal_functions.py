@@ -25,7 +25,7 @@ running = [sbn.Statistics(jnp.zeros(n), jnp.ones(n)) for _, n in SIZES]
 
 
 def forward(params, x, running=None):
-    """Returns logits and the statistics measured; the running ones if they are given."""
+    """Returns logits and what was measured; normalizes with `running` if given."""
     measured = []
     for i, layer in enumerate(params["convs"]):
         x, statistics = sbn.conv_norm(

@@ -31,14 +31,12 @@ from rich.progress import (
 )
 from rich.table import Table
 
-import grid
-import journal
-import tasks
-from data import DataError
-from grid import Experiment, experiment_of, setting_of, varied
-from journal import JournalError, Record
-from measuring import check_positive, describe_device
-from training import DeviceData, Trainer, to_device
+from harness import grid, journal, tasks
+from harness.data import DataError
+from harness.grid import Experiment, experiment_of, setting_of, varied
+from harness.journal import JournalError, Record
+from harness.measuring import check_positive, describe_device
+from harness.training import DeviceData, Trainer, to_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,16 +19,14 @@ import jax
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-import methods
-import processes
-import tasks
-from comparison import Report, Run, new_folder
-from data import DataError, Dataset
-from measuring import check_positive, describe_device, interleaved, median_ratio
-from networks import Settings
-from options import COUNTS, add_settings, settings_of
-from progress import progress_bar
-from training import Trainer, to_device
+from harness import methods, processes, tasks
+from harness.comparison import Report, Run, new_folder
+from harness.data import DataError, Dataset
+from harness.measuring import check_positive, describe_device, interleaved, median_ratio
+from harness.networks import Settings
+from harness.options import COUNTS, add_settings, settings_of
+from harness.progress import progress_bar
+from harness.training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
 

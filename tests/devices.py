@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-import collectives as reading
+from compiled import collectives as reading
 
 
 def mesh() -> Mesh:

@@ -1,6 +1,6 @@
 """Layers drawn at random, on one device and on many, against the NumPy reference.
 
-The property tests draw a few of them, ``benchmarks/fuzz.py`` some thousand.
+The property tests draw a few of them, ``benchmarks/reliability/fuzz.py`` some thousand.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 )
 from tensorboard.util import tensor_util
 
-from data import load_digits
+from harness.data import load_digits
 
 CLASSES, TRAIN, TEST = 3, 50, 21
 

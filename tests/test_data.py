@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import tasks
-from data import DataError, load_cifar10, load_digits
+from harness import tasks
+from harness.data import DataError, load_cifar10, load_digits
 
 PER_FILE = 4
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from hlo import Array, parse
-from kernels import Kernel, kernels
+from compiled.hlo import Array, parse
+from compiled.kernels import Kernel, kernels
 
 pytestmark = pytest.mark.optimized
 

@@ -16,9 +16,7 @@ import numpy as np
 import pytest
 
 import imagenet
-import logs
-import pipeline
-import resumable
+from harness import logs, pipeline, resumable
 from tests import pictures
 
 STEPS = 9  # three epochs

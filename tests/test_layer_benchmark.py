@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import layer
+from speed import layer
 
 
 @pytest.mark.parametrize("what", ["norm", "block"])

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import flax_sbn as sbn
-from methods import Method, parse_method
+from harness.methods import Method, parse_method
 from models import IMAGE_SHAPES, NNX, linen_model, nnx_model
 
 # Published: He et al. in the paper's tables, the ImageNet models in torchvision.

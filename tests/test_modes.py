@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import modes
-from data import Dataset
+from accuracy import modes
+from harness.data import Dataset
 
 
 def statistics(mean, var):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-import noise
-from data import Dataset
-from geometries import Grid, Scattered
-from networks import Settings
+from accuracy import noise
+from accuracy.geometries import Grid, Scattered
+from harness.data import Dataset
+from harness.networks import Settings
 
 
 @pytest.fixture(scope="module")

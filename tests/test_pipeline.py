@@ -8,10 +8,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-import pipeline
-import records
-from data import DataError
-from pipeline import DiskInput, FakeInput, find
+from harness import pipeline, records
+from harness.data import DataError
+from harness.pipeline import DiskInput, FakeInput, find
 from tests import pictures
 
 

@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 import imagenet
-import methods
-import processes
 import train
-from data import load_digits
-from networks import Settings
+from harness import methods, processes
+from harness.data import load_digits
+from harness.networks import Settings
+from harness.training import Trainer, to_device
 from tests import pictures
 from tests.devices import collectives
-from training import Trainer, to_device
 
 DIGITS = load_digits().limited(256)
 EXAMPLES = Path(train.__file__).parent

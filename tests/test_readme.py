@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import journal
-from grid import experiment_of
+from harness import journal
+from harness.grid import experiment_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -4,12 +4,8 @@ import json
 
 import pytest
 
-import bad_rows
-import extremes
-import fuzz
-import normalizers
-import reliability_tables
-import soak
+from reliability import bad_rows, extremes, fuzz, normalizers, soak
+from reports import reliability_tables
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 
-import curves
-import grid
-import reliability_tables
-import report
-import studies
-import tables
+from harness import grid
+from reports import curves, reliability_tables, report, studies, tables
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("offset", "noise")

@@ -7,12 +7,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-import plots
-import scaling
-import step
-import tables
-import targets
-from collectives import collectives
+from compiled import scaling, targets
+from compiled.collectives import collectives
+from reports import plots, tables
+from speed import step
 from tests.devices import mesh
 
 # A program as the compilers of CPUs, GPUs and TPUs write theirs, each in its way.

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-import grid
-import journal
 import sweep
-from data import load_digits
-from grid import Experiment, GridError
-from journal import JournalError
+from harness import grid, journal
+from harness.data import load_digits
+from harness.grid import Experiment, GridError
+from harness.journal import JournalError
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--model", "mlp", "--width", "16", "--epochs", "1", "--train-size", "256"]

@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import roofline
-import step
-import tables
-import traffic
-from explain import explain
-from kernels import Kernel
+from compiled import roofline, traffic
+from compiled.explain import explain
+from compiled.kernels import Kernel
+from reports import tables
+from speed import step
 
 pytestmark = pytest.mark.optimized
 

@@ -11,15 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import comparison
 import flax_sbn as sbn
-import methods
-import tasks
 import train
-from comparison import Report, Run
-from data import load_digits
-from networks import NETWORKS, Settings
-from training import Trainer, to_device
+from harness import comparison, methods, tasks
+from harness.comparison import Report, Run
+from harness.data import load_digits
+from harness.networks import NETWORKS, Settings
+from harness.training import Trainer, to_device
 
 SMALL = ["--model", "mlp", "--width", "16", "--epochs", "2", "--seeds", "1"]
 DIGITS = to_device(load_digits().limited(256))
@@ -210,7 +208,7 @@ def test_sampled_norms_are_folded_unless_told_otherwise(api) -> None:
 
 
 def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
-    from training import _crop_and_flip
+    from harness.training import _crop_and_flip
 
     image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
     crop = functools.partial(_crop_and_flip, pad=1)

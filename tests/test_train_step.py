@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 
-import train_step
+from speed import train_step
 
 ARGV = ["--model", "mlp", "--batch-size", "16", "--rounds", "1", "--variant"]
 

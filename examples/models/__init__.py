@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 
-from methods import Method
+from harness.methods import Method
 from models.binary_resnet import BinaryResNet
 from models.cifar_resnet import CifarResNet, NnxCifarResNet
 from models.densenet import DenseNet

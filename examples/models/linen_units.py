@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 import flax_sbn as sbn
-from methods import Method
+from harness.methods import Method
 from models import units
 from models.units import Activation, Carried, Layer
 

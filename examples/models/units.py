@@ -17,7 +17,7 @@ from flax import linen as nn
 
 import flax_sbn as sbn
 from flax_sbn.alternatives.schedules import Ramp
-from methods import Method
+from harness.methods import Method
 
 Activation = Callable[[jax.Array], jax.Array]
 Layer = Callable[..., Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_sbn.alternatives.binarization import binarize, binarize_kernel
-from methods import Method
+from harness.methods import Method
 from models.binary_resnet import BinaryResNet, BinaryUnit
 from models.linen_units import LinenUnits
 from tests import cases

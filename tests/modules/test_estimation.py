@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import flax_sbn as sbn
-from methods import parse_method
+from harness.methods import parse_method
 from models import linen_model, nnx_model
 from tests import cases, reference
 from tests.closeness import assert_close, tolerance

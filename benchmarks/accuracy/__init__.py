@@ -1,0 +1,1 @@
+"""What sampled statistics do to gradients and to evaluation."""

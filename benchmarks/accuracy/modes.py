@@ -1,0 +1,188 @@
+"""Compares the two modes of a norm through a training, and its running statistics.
+
+After each epoch: the test accuracy with running statistics (evaluation), with those of
+each batch of the test (training mode), and with those of many training images together,
+which ``estimate_statistics`` finds; and how far the running statistics are from the
+latter. Trains as examples/studies/methods-main.toml says. Prints a table and writes
+JSON, anew after each epoch.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import flax_sbn as sbn
+from harness import grid
+from harness.data import DataError, Dataset, load_cifar10
+from harness.learning import hits
+from harness.measuring import add_counts, check_positive, describe_device
+from harness.networks import LinenNetwork, Variables
+from harness.training import State, Trainer, to_device
+from reports import modes_table
+from speed import timing
+
+_STUDY = Path(__file__).parents[2] / "examples" / "studies" / "methods-main.toml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One method after one epoch.
+
+    Attributes:
+      method: as in the study.
+      epoch: how many there were.
+      running: test accuracy with the running statistics.
+      batch: with the statistics of each batch of the test.
+      estimated: with those of many training images together.
+      mean_error: of the running statistics against the latter, in standard deviations;
+        root mean square over all features.
+      log_var_error: likewise, of the variances' logarithm.
+    """
+
+    method: str
+    epoch: int
+    running: float
+    batch: float
+    estimated: float
+    mean_error: float
+    log_var_error: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains all methods, compares, and returns the exit status."""
+    args = parse(argv)
+    try:
+        dataset = load_cifar10(args.data_dir).limited(args.train_size)
+    except DataError as error:
+        timing.say(str(error))
+        return 2
+    report: dict[str, Any] = {
+        "benchmark": "modes",
+        "what": "training mode, evaluation mode and running statistics",
+        **describe_device(),
+        "dtype": "float32",
+        "images": args.images,
+        "results": [],
+    }
+    for norm in args.norm:
+        for result in compare(norm, dataset, args.epochs, args.images):
+            timing.say(str(result))
+            report["results"].append(dataclasses.asdict(result))
+            timing.write(args.json, report)
+    print(modes_table.modes_table(report))
+    print(f"Numbers: {args.json}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, required=True, metavar="DIR", help="with CIFAR-10"
+    )
+    parser.add_argument(
+        "--norm",
+        nargs="+",
+        default=["bn", "lattice", "fs:1/64"],
+        metavar="NAME",
+        help="methods as in train.py (default: bn lattice fs:1/64)",
+    )
+    add_counts(
+        parser,
+        epochs=(12, "of training"),
+        train_size=(50000, "images to train with"),
+        images=(4096, "training images whose statistics are estimated"),
+    )
+    timing.add_file_argument(parser)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, "epochs", "train_size", "images")
+    args.json = timing.new_path(parser, args.json, "modes-{device}")
+    return args
+
+
+def compare(norm: str, dataset: Dataset, epochs: int, images: int) -> Iterator[Result]:
+    """Yields what becomes of a method, epoch by epoch."""
+    table = {
+        name: value for name, value in grid.read(_STUDY).items() if name != "grids"
+    }
+    (experiment,) = grid.experiments(table, norm=norm, seed=0, epochs=epochs)
+    trainer = Trainer(experiment, experiment.method(), to_device(dataset))
+    size = experiment.batch_size
+    batches = np.split(dataset.train_images[: images // size * size], images // size)
+    state = trainer.init(0)
+    for epoch in range(1, epochs + 1):
+        state = trainer.epoch(state)
+        given = state.model.variables
+        found = estimated(trainer, state, batches)
+        mean, log_var = distance(given.rest, found.rest)
+        yield Result(
+            norm,
+            epoch,
+            accuracy(trainer, given, train=False),
+            accuracy(trainer, given, train=True),
+            accuracy(trainer, found, train=False),
+            mean,
+            log_var,
+        )
+
+
+def estimated(trainer: Trainer, state: State, batches: Sequence[Any]) -> Variables:
+    """Returns the variables with the statistics of many images together."""
+    learner, given = trainer.learner, state.model.variables
+    assert isinstance(learner.network, LinenNetwork)
+    found = sbn.linen.estimate_statistics(
+        learner.network.trained,
+        {"params": given.params, "batch_stats": given.rest},
+        [learner.scale(jnp.asarray(batch)) for batch in batches],
+        rngs={"sampling": jax.random.key(0)},
+    )
+    return given._replace(rest=found["batch_stats"])
+
+
+def accuracy(trainer: Trainer, variables: Variables, *, train: bool) -> float:
+    """Returns the share of the test that is right, in one mode or the other."""
+    learner, key = trainer.learner, jax.random.key(0)
+
+    @jax.jit
+    def correct(variables: Variables, images: jax.Array, labels: jax.Array) -> Any:
+        if train:
+            x = learner.scale(images)
+            return hits(learner.network.train(variables, x, key).logits, labels)
+        return hits(learner.evaluate(variables, images), labels)
+
+    total = sum(correct(variables, *batch) for batch in trainer.data.test)
+    return float(total) / trainer.data.num_test
+
+
+def distance(running: Any, found: Any) -> tuple[float, float]:
+    """Returns how far running statistics are from others: of means, and variances."""
+    means, log_vars = [], []
+    for path, var in jax.tree.leaves_with_path(found):
+        if path[-1].key == "var":
+            norm, other = running, found
+            for key in path[:-1]:
+                norm, other = norm[key.key], other[key.key]
+            means.append((norm["mean"] - other["mean"]) / jnp.sqrt(var))
+            log_vars.append(jnp.log(norm["var"] / var))
+    return _root_mean_square(means), _root_mean_square(log_vars)
+
+
+def _root_mean_square(arrays: Sequence[jax.Array]) -> float:
+    return float(jnp.sqrt(jnp.mean(jnp.concatenate(arrays) ** 2)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

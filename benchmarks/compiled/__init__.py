@@ -1,0 +1,1 @@
+"""What XLA makes of training steps for devices that are not there."""

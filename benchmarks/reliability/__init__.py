@@ -1,0 +1,1 @@
+"""What bad inputs, long runs and interruptions do."""

@@ -1,0 +1,156 @@
+"""Trains for some thousand steps, and watches memory and the number of programs.
+
+A small network with folded norms, in linen and nnx, with other images and another key
+in each step. After a warm-up nothing may grow: neither the arrays that are alive, nor
+the memory of the process, nor the programs that are compiled. Prints a table and writes
+JSON.
+"""
+
+import argparse
+import gc
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import flax_sbn as sbn
+from harness.measuring import add_counts, check_positive, describe_device
+from harness.methods import Method
+from harness.networks import NETWORKS, Settings, Variables
+from reports import reliability_tables
+from speed import timing
+
+MODEL, SHAPE, CLASSES = "resnet8", (32, 8, 8, 3), 10
+METHODS = {
+    method.name: method
+    for method in (
+        Method("BS 8 folded", sampler=sbn.BatchSampling(8), folded=True),
+        Method("FS 1/16 folded", sampler=sbn.FeatureSampling(1 / 16), folded=True),
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains all networks and returns the exit status: 1 if anything grew."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_counts(
+        parser,
+        steps=(5000, "of each network"),
+        every=(500, "steps between two looks; the first ends the warm-up"),
+    )
+    timing.add_file_argument(parser)
+    args = parser.parse_args(argv)
+    check_positive(parser, args, "steps", "every")
+    path = timing.new_path(parser, args.json, "soak-{device}")
+    report: dict[str, Any] = {
+        "benchmark": "soak",
+        "what": "memory and programs over thousands of training steps",
+        **describe_device(),
+        "dtype": "float32",
+        "model": MODEL,
+        "shape": SHAPE,
+        "results": [],
+    }
+    for api, name in itertools.product(NETWORKS, METHODS):
+        looks = train(api, METHODS[name], args.steps, args.every)
+        report["results"].append({"api": api, "method": name, "looks": looks})
+        timing.write(path, report)
+    print(reliability_tables.soak_table(report))
+    print(f"Numbers: {path}")
+    return int(any(grew(row["looks"]) for row in report["results"]))
+
+
+def train(api: str, method: Method, steps: int, every: int) -> list[dict[str, Any]]:
+    """Returns what was there after every so many steps."""
+    settings = Settings(model=MODEL, api=api, width=4)
+    network = NETWORKS[api](settings, method, SHAPE[1:], CLASSES)
+    optimizer = optax.sgd(0.01, momentum=0.9)
+
+    def start(key: jax.Array, x: jax.Array) -> Any:
+        variables = network.init(key, x)
+        return variables, optimizer.init(variables.params)
+
+    traces: list[None] = []
+
+    def step(
+        state: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[Any, jax.Array]:
+        traces.append(None)  # the tracers themselves would leak
+        variables, momentum = state
+
+        def objective(params: Any) -> Any:
+            given = Variables(params, variables.overwritten, variables.rest)
+            forward = network.train(given, images, key)
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                forward.logits, labels
+            )
+            return losses.mean() + forward.loss, forward.rest
+
+        gradient = jax.value_and_grad(objective, has_aux=True)
+        (loss, rest), grads = gradient(variables.params)
+        updates, momentum = optimizer.update(grads, momentum)
+        params = optax.apply_updates(variables.params, updates)
+        return (Variables(params, variables.overwritten, rest), momentum), loss
+
+    rng, program = np.random.default_rng(0), jax.jit(step, donate_argnums=0)
+    key = jax.random.key(0)
+    state = jax.jit(start)(key, jnp.zeros(SHAPE))
+    looks = []
+    for i in range(1, steps + 1):
+        images = rng.normal(size=SHAPE).astype(np.float32)
+        labels = rng.integers(CLASSES, size=SHAPE[0])
+        state, loss = program(state, images, labels, jax.random.fold_in(key, i))
+        if i % every == 0:
+            looks.append(look(i, len(traces), float(loss)))
+            timing.say(f"{api}, {method.name}: {looks[-1]}")
+    return looks
+
+
+def look(step: int, programs: int, loss: float) -> dict[str, Any]:
+    """Returns what is alive, beside how many programs the step has been traced to."""
+    gc.collect()
+    alive = jax.live_arrays()
+    return {
+        "step": step,
+        "arrays": len(alive),
+        "array_bytes": sum(array.nbytes for array in alive),
+        "resident_bytes": resident_bytes(),
+        "programs": programs,
+        "loss": loss,
+    }
+
+
+def resident_bytes() -> int | None:
+    """Returns the memory of this process; None where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def grew(looks: Sequence[dict[str, Any]]) -> bool:
+    """Whether arrays or programs are more than after the warm-up, or the loss is lost.
+
+    The memory of the process is not judged: the allocator keeps some.
+    """
+    first, last = looks[0], looks[-1]
+    same = all(first[name] == last[name] for name in ("arrays", "array_bytes"))
+    return not (same and last["programs"] == 1 and np.isfinite(last["loss"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Results as tables and charts, and the pages that show them."""

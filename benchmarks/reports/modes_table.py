@@ -1,0 +1,37 @@
+"""The two modes through a training as Markdown."""
+
+from reports.tables import Report, markdown, number
+
+_SHOWN = 4  # epochs
+
+
+def modes_table(report: Report) -> str:
+    """Returns a row for each method and some of the epochs, the last one at least.
+
+    Args:
+      report: what modes.py writes.
+    """
+    rows = report["results"]
+    last = max(row["epoch"] for row in rows)
+    shown = {1, *(last * (i + 1) // _SHOWN for i in range(_SHOWN))}
+    lines = [
+        [
+            f"`{row['method']}`",
+            str(row["epoch"]),
+            *(f"{row[name]:.1%}" for name in ("batch", "running", "estimated")),
+            number(row["mean_error"], 3),
+            number(row["log_var_error"], 3),
+        ]
+        for row in rows
+        if row["epoch"] in shown
+    ]
+    header = [
+        "method",
+        "epoch",
+        "batch's",
+        "running",
+        "estimated",
+        "mean, off by",
+        "log var, off by",
+    ]
+    return markdown(header, lines, left=1)

@@ -1,0 +1,1 @@
+"""What the scripts are made of: data, methods, the training step, loops, results."""
