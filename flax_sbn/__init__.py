@@ -33,6 +33,7 @@ from flax_sbn.statistics import (
     update_running,
 )
 from flax_sbn.virtual import append_virtual, drop_virtual, virtual_samples
+from flax_sbn.windows import Part, Windows
 
 __version__ = "0.1.0"
 
@@ -44,11 +45,13 @@ __all__ = [
     "MixedSampling",
     "NaiveSampling",
     "NormOptions",
+    "Part",
     "Sampler",
     "Statistics",
     "SwitchReport",
     "SwitchedNorm",
     "VirtualSampling",
+    "Windows",
     "alternatives",
     "append_virtual",
     "augment_batch",
