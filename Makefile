@@ -5,13 +5,14 @@ JOBS ?= 2
 ARGS ?=
 FLAX ?= ../flax
 
-.PHONY: help demo test test-lowest flax-tests docs bench traffic scaling format clean
+.PHONY: help demo test test-lowest mutants flax-tests docs bench traffic scaling format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
 	@echo "make test         linter, type checker, doctests and tests"
 	@echo "make test-lowest  the tests with the oldest supported dependencies"
 	@echo "make flax-tests   flax's own tests, in FLAX=folder, with our layers for flax's"
+	@echo "make mutants      changes the package in small ways; tells what no test notices"
 	@echo "make docs         build the documentation in docs/_build/html"
 	@echo "make bench        time layers and training steps on this device"
 	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
@@ -45,6 +46,9 @@ test-lowest:
 	$(MAKE) .venv-lowest/.installed-test VENV=.venv-lowest
 	.venv-lowest/bin/pip install --quiet $(LOWEST)
 	.venv-lowest/bin/pytest -n $(JOBS) $(ARGS)
+
+mutants: $(VENV)/.installed-test
+	$(VENV)/bin/python tests/mutants.py --jobs $(JOBS) $(ARGS)
 
 flax-tests: $(VENV)/.installed-test
 	$(VENV)/bin/python tests/flax_suite.py --jobs $(JOBS) $(ARGS) $(FLAX)
