@@ -2,11 +2,11 @@
 
     python tests/mutants.py --count 120 --jobs 2
 
-Each mutant is one edit of one file: another operator or comparison, a larger number, a
-mean for a variance, a condition turned around, a gradient that is not stopped. The tests
-of that file run in a copy of the tree until one fails, then those of all layers. A mutant
-that survives is either equivalent, or a test is missing. By hand, as it takes an hour or
-two; the same seed draws the same mutants as long as the files are the same.
+Each mutant is one edit of one file: another operator or comparison, a larger number,
+a mean for a variance, a condition turned around, a gradient that is not stopped. The
+tests of that file run in a copy of the tree until one fails, then those of all layers.
+A mutant that survives is either equivalent, or a test is missing. By hand, as it takes
+an hour or two; the same seed draws the same mutants as long as the files are the same.
 """
 
 import argparse
