@@ -102,27 +102,8 @@ class ConvNorm(LinearNorm):
     conv_general_dilated: Any = field(default=None, kw_only=True)
     conv_general_dilated_cls: Any = field(default=None, kw_only=True)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        residual: jax.Array | None = None,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, I)``.
-          residual: added before the activation, of the output's shape; cast to its
-            dtype.
-          use_running_average: normalize with the running statistics (evaluation).
-          mask: booleans that broadcast to the output: False is not measured.
-
-        Returns:
-          ``(N, *spatial, features)``.
-        """
+    @nn.nowrap
+    def _linear(self, x: jax.Array) -> tuple[nn.Conv, tuple[int, ...]]:
         conv = nn.Conv(
             self.features,
             self.kernel_size,
@@ -144,4 +125,4 @@ class ConvNorm(LinearNorm):
         window = self.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
         kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)
-        return self._apply(conv, kernel_shape, x, residual, use_running_average, mask)
+        return conv, kernel_shape

@@ -56,27 +56,8 @@ class DenseNorm(LinearNorm):
     dot_general: Any = field(default=None, kw_only=True)
     dot_general_cls: Any = field(default=None, kw_only=True)
 
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        residual: jax.Array | None = None,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, I)``.
-          residual: added before the activation, of the output's shape; cast to its
-            dtype.
-          use_running_average: normalize with the running statistics (evaluation).
-          mask: booleans that broadcast to the output: False is not measured.
-
-        Returns:
-          ``(N, *spatial, features)``.
-        """
+    @nn.nowrap
+    def _linear(self, x: jax.Array) -> tuple[nn.Dense, tuple[int, ...]]:
         dense = nn.Dense(
             self.features,
             use_bias=self._has_bias("dense"),
@@ -89,4 +70,4 @@ class DenseNorm(LinearNorm):
             name="dense",
         )
         kernel_shape = (x.shape[-1], self.features)
-        return self._apply(dense, kernel_shape, x, residual, use_running_average, mask)
+        return dense, kernel_shape

@@ -85,26 +85,33 @@ class LinearNorm(nn.Module, kw_only=True):
         return True
 
     @nn.nowrap
+    def _linear(self, x: jax.Array) -> tuple[nn.Conv | nn.Dense, tuple[int, ...]]:
+        """Returns the linear layer for an input, and the shape of its kernel."""
+        raise NotImplementedError
+
+    @nn.compact
     @_hint_at_conversion()
-    def _apply(
+    def __call__(
         self,
-        linear: nn.Conv | nn.Dense,
-        kernel_shape: tuple[int, ...],
         x: jax.Array,
-        residual: jax.Array | None,
-        use_running_average: bool | None,
-        mask: jax.Array | None,
+        residual: jax.Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Applies a linear layer, its norm, the residual and the activation.
+        """Applies the layer; in training also updates the running statistics.
 
         Args:
-          linear: the linear layer.
-          kernel_shape: shape of its kernel.
-          x: input.
-          residual: see :class:`ConvNorm`, as for the rest.
-          use_running_average: see there.
-          mask: see there.
+          x: ``(N, *spatial, I)``.
+          residual: added before the activation, of the output's shape; cast to its
+            dtype.
+          use_running_average: normalize with the running statistics (evaluation).
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          ``(N, *spatial, features)``.
         """
+        linear, kernel_shape = self._linear(x)
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )

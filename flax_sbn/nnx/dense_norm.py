@@ -3,16 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from flax_sbn.activation import Activation, fused
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.nnx.linear_norm import linear_norm, split_options
+from flax_sbn.nnx.linear_norm import LinearNorm, split_options
 from flax_sbn.sampling import Sampler
 
 
-class DenseNorm(nnx.Module):
+class DenseNorm(LinearNorm):
     r"""Dense layer, batch norm, residual and activation, for the price of a bias.
 
     .. math::
@@ -57,6 +56,8 @@ class DenseNorm(nnx.Module):
     Normalization Sampling", arXiv 1810.10962.
     """
 
+    linear_name = "dense"
+
     def __init__(
         self,
         in_features: int,
@@ -70,38 +71,5 @@ class DenseNorm(nnx.Module):
     ) -> None:
         dense, norm = split_options(options)
         self.dense = nnx.Linear(in_features, out_features, **dense, rngs=rngs)
-        self.norm: BatchNorm | None = nnx.data(
-            norm_cls(out_features, sampler=sampler, rngs=rngs, **norm)
-        )
+        self.norm = nnx.data(norm_cls(out_features, sampler=sampler, rngs=rngs, **norm))
         self.activation = fused(activation)
-
-    def __call__(
-        self,
-        x: jax.Array,
-        residual: jax.Array | None = None,
-        use_running_average: bool | None = None,
-        *,
-        mask: jax.Array | None = None,
-    ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, I)``.
-          residual: added before the activation, of the output's shape; cast to its
-            dtype.
-          use_running_average: normalize with the running statistics (evaluation); wins
-            over the constructor's.
-          mask: booleans that broadcast to the output: False is not measured.
-
-        Returns:
-          ``(N, *spatial, C)``.
-        """
-        return linear_norm(
-            self.dense,
-            self.norm,
-            x,
-            residual,
-            self.activation,
-            use_running_average,
-            mask,
-        )

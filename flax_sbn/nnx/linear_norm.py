@@ -1,7 +1,7 @@
 """What the folded nnx layers share: a linear layer and a norm that folds into it."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import nnx
@@ -54,50 +54,68 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {**linear, "use_bias": False}, norm
 
 
-def linear_norm(
-    linear: nnx.Conv | nnx.Linear,
-    norm: BatchNorm | None,
-    x: jax.Array,
-    residual: jax.Array | None,
-    activation: Activation | None,
-    use_running_average: bool | None,
-    mask: jax.Array | None,
-) -> jax.Array:
-    """Applies a linear layer, its norm, the residual and the activation.
+class LinearNorm(nnx.Module):
+    """A linear layer and a norm that folds into it, see :class:`ConvNorm`.
 
-    Args:
-      linear: :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`.
-      norm: what follows it; None where it is folded into ``linear`` for good.
-      x: input.
-      residual: see :class:`ConvNorm`, as for the rest.
-      activation: see there.
-      use_running_average: see there.
-      mask: see there.
+    Attributes:
+      norm: what follows the linear layer; None where it is folded into that for good.
+      activation: applied last, or None.
     """
-    check_input_features(x, linear.in_features)
-    if norm is None:
-        return add_and_activate(linear(x), residual, activation)
-    evaluate = use_running_average
-    if evaluate is None:
-        evaluate = norm.use_running_average
-    if evaluate is None:
-        raise ValueError(
-            "Expected use_running_average in the constructor or the call, got None in "
-            "both. Use model.train() and model.eval(), or pass it."
-        )
-    if not (evaluate or norm._folds()):
-        y = norm(linear(x), use_running_average, mask=mask)
-        return add_and_activate(y, residual, activation)
 
-    options = norm._evaluation(norm._running()) if evaluate else norm._training(mask)
-    y, statistics = fold_like(linear)(
-        x,
-        masked_kernel(linear.kernel[...], getattr(linear, "mask", None)),
-        *norm._affine(),
-        residual=residual,
-        activation=activation,
-        **options,
-    )
-    if not evaluate:
-        norm._learn(options["running"], statistics)
-    return y
+    linear_name: ClassVar[str]
+    norm: BatchNorm | None
+    activation: Activation | None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Applies the layer; in training also updates the running statistics.
+
+        Args:
+          x: ``(N, *spatial, I)``.
+          residual: added before the activation, of the output's shape; cast to its
+            dtype.
+          use_running_average: normalize with the running statistics (evaluation); wins
+            over the constructor's.
+          mask: booleans that broadcast to the output: False is not measured.
+
+        Returns:
+          ``(N, *spatial, C)``.
+        """
+        linear, norm = getattr(self, self.linear_name), self.norm
+        activation = self.activation
+        check_input_features(x, linear.in_features)
+        if norm is None:
+            return add_and_activate(linear(x), residual, activation)
+        evaluate = use_running_average
+        if evaluate is None:
+            evaluate = norm.use_running_average
+        if evaluate is None:
+            raise ValueError(
+                "Expected use_running_average in the constructor or the call, got None "
+                "in both. Use model.train() and model.eval(), or pass it."
+            )
+        if not (evaluate or norm._folds()):
+            y = norm(linear(x), use_running_average, mask=mask)
+            return add_and_activate(y, residual, activation)
+
+        if evaluate:
+            options = norm._evaluation(norm._running())
+        else:
+            options = norm._training(mask)
+        y, statistics = fold_like(linear)(
+            x,
+            masked_kernel(linear.kernel[...], getattr(linear, "mask", None)),
+            *norm._affine(),
+            residual=residual,
+            activation=activation,
+            **options,
+        )
+        if not evaluate:
+            norm._learn(options["running"], statistics)
+        return y
