@@ -261,7 +261,7 @@ def test_a_study_by_rows_is_a_table_of_rows() -> None:
     }
     study = studies.Study("rows-short", experiments, records)
     lines = [line.replace(" ", "") for line in studies.rows_table(study).splitlines()]
-    assert lines[0] == "|norm|2rows|8rows|all|"
+    assert lines[0] == "|norm|2images|8images|all|"
     assert lines[2:] == ["|`bn`|20.0|40.0|10.0|", "|`gn`|30.0|50.0|-|"]
 
 

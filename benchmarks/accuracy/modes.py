@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "what": "training mode, evaluation mode and running statistics",
         **describe_device(),
         "dtype": "float32",
+        "epochs": args.epochs,
+        "train_size": len(dataset.train_images),
         "images": args.images,
         "results": [],
     }

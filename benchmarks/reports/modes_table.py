@@ -34,4 +34,8 @@ def modes_table(report: Report) -> str:
         "mean, off by",
         "log var, off by",
     ]
-    return markdown(header, lines, left=1)
+    settings = (
+        f"{report['train_size']:,} training images of CIFAR-10, {last} epochs, one "
+        f"seed; estimated from {report['images']:,} images."
+    )
+    return f"{settings}\n\n{markdown(header, lines, left=1)}"

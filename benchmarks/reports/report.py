@@ -101,7 +101,7 @@ def result_page(
     found: Mapping[str, tuple[str, Callable[[Report], str]]],
     reports: Sequence[Report],
 ) -> Page:
-    """Returns a page of results.
+    """Returns a page of results; what was not measured yet is not on it.
 
     Args:
       path: of the page.
@@ -110,6 +110,7 @@ def result_page(
       reports: of all kinds.
     """
     kinds = {kind for kind, _ in found.values()}
+    kinds &= {report["benchmark"] for report in reports}
 
     def draw(folder: Path) -> None:
         for report in reports:
@@ -119,6 +120,7 @@ def result_page(
     sections = {
         name: section(kind, table, reports, charts)
         for name, (kind, table) in found.items()
+        if kind in kinds
     }
     return Page(path, charts, sections, draw)
 
@@ -147,7 +149,7 @@ def study_pages(
 
 def study_page(path: Path, charts: str, found: Sequence[studies.Study]) -> Page:
     """Returns a page of studies; of which nothing was trained yet are not on it."""
-    found = [study for study in found if study.settings]
+    found = [study for study in found if study.started]
 
     def draw(folder: Path) -> None:
         for study in found:
@@ -237,7 +239,7 @@ def section(
     for report in chosen:
         charts = images(plots.files(report, prefix), report["what"])
         parts += [caption(report), *charts, table(report)]
-    return "\n\n".join(parts or ["No results yet."])
+    return "\n\n".join(parts)
 
 
 def caption(report: Report) -> str:

@@ -50,6 +50,12 @@ class Study:
         trained = [e for e in self.experiments if e in self.records]
         return list(dict.fromkeys(map(setting_of, trained)))
 
+    @property
+    def started(self) -> bool:
+        """Whether there is something to show; of micro-batches, any trained in them."""
+        by_rows = any(experiment.rows for experiment in self.experiments)
+        return any(setting.rows or not by_rows for setting in self.settings)
+
     def runs(self, setting: Experiment) -> dict[int, Record]:
         """Returns the results of a setting by seed."""
         return {
@@ -163,7 +169,7 @@ def rows_table(study: Study) -> str:
         accuracies = [_final_accuracy(r) for r in study.runs(setting).values()]
         cells.setdefault(setting.norm, {})[setting.rows] = spread(accuracies, 1)
     columns = sorted({rows for found in cells.values() for rows in found}, key=_rows)
-    header = ["norm", *(f"{_rows(rows)} rows" if rows else "all" for rows in columns)]
+    header = ["norm", *(f"{_rows(rows)} images" if rows else "all" for rows in columns)]
     lines = [
         [f"`{short(norm)}`", *(found.get(rows, "-") for rows in columns)]
         for norm, found in cells.items()
