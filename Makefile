@@ -5,11 +5,12 @@ JOBS ?= 2
 ARGS ?=
 FLAX ?= ../flax
 
-.PHONY: help demo test test-lowest mutants flax-tests docs bench traffic scaling format clean
+.PHONY: help demo lint test quick test-lowest mutants flax-tests docs bench traffic scaling format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
 	@echo "make test         linter, type checker, doctests and tests"
+	@echo "make quick        some of it, in a minute and a half at most"
 	@echo "make test-lowest  the tests with the oldest supported dependencies"
 	@echo "make flax-tests   flax's own tests, in FLAX=folder, with our layers for flax's"
 	@echo "make mutants      changes the package in small ways; tells what no test notices"
@@ -31,11 +32,20 @@ $(VENV)/.installed-%: pyproject.toml $(VENV)/bin/pip
 demo: $(VENV)/.installed-examples
 	$(VENV)/bin/python examples/train.py $(ARGS)
 
-test: $(VENV)/.installed-test
+lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+test: lint
 	$(VENV)/bin/pytest -n $(JOBS) $(ARGS)
+
+# For the inner loop: what a change of the arithmetic or of a layer breaks first.
+QUICK = api errors every_layer folding_errors lattice linen nnx \
+  normalization readme sampling statistics virtual
+
+quick: lint
+	$(VENV)/bin/pytest -n $(JOBS) $(QUICK:%=tests/test_%.py) $(ARGS)
 
 # The lower bounds of pyproject.toml, turned into versions.
 LOWEST = $(shell $(PYTHON) -c "import tomllib; \
