@@ -2,9 +2,9 @@
 
 After each epoch: the test accuracy with running statistics (evaluation), with those of
 each batch of the test (training mode), and with those of many training images together,
-which ``estimate_statistics`` finds; and how far the running statistics are from the
-latter. Trains as examples/studies/methods-main.toml says. Prints a table and writes
-JSON, anew after each epoch.
+augmented as in training, which ``estimate_statistics`` finds; and how far the running
+statistics are from the latter. Trains as examples/studies/methods-main.toml says.
+Prints a table and writes JSON, anew after each epoch.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from harness.data import DataError, Dataset, load_cifar10
 from harness.learning import hits
 from harness.measuring import add_counts, check_positive, describe_device
 from harness.networks import LinenNetwork, Variables
-from harness.training import State, Trainer, to_device
+from harness.training import State, Trainer, crop_and_flip, to_device
 from reports import modes_table
 from speed import timing
 
@@ -148,10 +148,18 @@ def estimated(trainer: Trainer, state: State, batches: Sequence[Any]) -> Variabl
     found = sbn.linen.estimate_statistics(
         learner.network.trained,
         {"params": given.params, "batch_stats": given.rest},
-        [learner.scale(jnp.asarray(batch)) for batch in batches],
+        [learner.scale(shown(trainer, batch, i)) for i, batch in enumerate(batches)],
         rngs={"sampling": jax.random.key(0)},
     )
     return given._replace(rest=found["batch_stats"])
+
+
+def shown(trainer: Trainer, batch: Any, seed: int) -> jax.Array:
+    """Returns images as the training shows them: cropped and flipped, if it does so."""
+    images = jnp.asarray(batch)
+    if not trainer.settings.augment:
+        return images
+    return sbn.augment_batch(crop_and_flip, jax.random.key(seed), images, 1)
 
 
 def accuracy(trainer: Trainer, variables: Variables, *, train: bool) -> float:

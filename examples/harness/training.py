@@ -254,7 +254,7 @@ class Trainer:
         images, labels = (self._pick(state, each) for each in (all_images, all_labels))
         copies = self.method.copies
         if self.settings.augment:
-            images = sbn.augment_batch(_crop_and_flip, keys[1], images, copies)
+            images = sbn.augment_batch(crop_and_flip, keys[1], images, copies)
         else:
             images = sbn.repeat_rows(images, copies)
         labels = sbn.repeat_rows(labels, copies)
@@ -290,7 +290,7 @@ def _zeros() -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.zeros((), jnp.int32), jnp.zeros(()), jnp.zeros(())
 
 
-def _crop_and_flip(key: jax.Array, image: jax.Array, pad: int = 4) -> jax.Array:
+def crop_and_flip(key: jax.Array, image: jax.Array, pad: int = 4) -> jax.Array:
     """Shifts an image by up to ``pad`` pixels, and mirrors every other one."""
     padded = jnp.pad(image, ((pad, pad), (pad, pad), (0, 0)))
     shift_key, flip_key = jax.random.split(key)
