@@ -208,10 +208,10 @@ def test_sampled_norms_are_folded_unless_told_otherwise(api) -> None:
 
 
 def test_augmentation_shifts_and_flips_each_image_its_own_way() -> None:
-    from harness.training import _crop_and_flip
+    from harness.training import crop_and_flip
 
     image = jnp.arange(1.0, 17.0).reshape(1, 4, 4, 1)
-    crop = functools.partial(_crop_and_flip, pad=1)
+    crop = functools.partial(crop_and_flip, pad=1)
     images = sbn.augment_batch(crop, jax.random.key(0), image, 64)
     assert images.shape == (64, 4, 4, 1)
     distinct = {tuple(np.ravel(i)) for i in images}
