@@ -40,6 +40,12 @@ def test_what_is_changed(source, changed, tmp_path, monkeypatch) -> None:
     assert changed in [mutant.applied(source) for mutant in mutants.mutants_of(path)]
 
 
+def test_there_are_all_the_tests_that_a_mutant_has_to_survive() -> None:
+    for stem in mutants._TESTS:
+        for path in mutants.tests_of(f"{stem}.py"):
+            assert (mutants.ROOT / path).exists(), path
+
+
 def test_complaints_and_annotations_are_left_alone(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(mutants, "ROOT", tmp_path)
     path = tmp_path / "file.py"
