@@ -9,8 +9,9 @@ Prints a table and writes JSON, anew after each epoch.
 
 import argparse
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,12 @@ def compare(norm: str, dataset: Dataset, epochs: int, images: int) -> Iterator[R
     (experiment,) = grid.experiments(table, norm=norm, seed=0, epochs=epochs)
     trainer = Trainer(experiment, experiment.method(), to_device(dataset))
     size = experiment.batch_size
-    batches = np.split(dataset.train_images[: images // size * size], images // size)
+    chosen = np.split(dataset.train_images[: images // size * size], images // size)
+    batches = [
+        trainer.learner.scale(shown(trainer, batch, i))
+        for i, batch in enumerate(chosen)
+    ]
+    hits_in = jax.jit(functools.partial(correct, trainer), static_argnames="train")
     state = trainer.init(0)
     for epoch in range(1, epochs + 1):
         state = trainer.epoch(state)
@@ -133,9 +139,9 @@ def compare(norm: str, dataset: Dataset, epochs: int, images: int) -> Iterator[R
         yield Result(
             norm,
             epoch,
-            accuracy(trainer, given, train=False),
-            accuracy(trainer, given, train=True),
-            accuracy(trainer, found, train=False),
+            accuracy(hits_in, trainer, given, train=False),
+            accuracy(hits_in, trainer, given, train=True),
+            accuracy(hits_in, trainer, found, train=False),
             mean,
             log_var,
         )
@@ -148,7 +154,7 @@ def estimated(trainer: Trainer, state: State, batches: Sequence[Any]) -> Variabl
     found = sbn.linen.estimate_statistics(
         learner.network.trained,
         {"params": given.params, "batch_stats": given.rest},
-        [learner.scale(shown(trainer, batch, i)) for i, batch in enumerate(batches)],
+        batches,
         rngs={"sampling": jax.random.key(0)},
     )
     return given._replace(rest=found["batch_stats"])
@@ -162,19 +168,33 @@ def shown(trainer: Trainer, batch: Any, seed: int) -> jax.Array:
     return sbn.augment_batch(crop_and_flip, jax.random.key(seed), images, 1)
 
 
-def accuracy(trainer: Trainer, variables: Variables, *, train: bool) -> float:
-    """Returns the share of the test that is right, in one mode or the other."""
-    learner, key = trainer.learner, jax.random.key(0)
-
-    @jax.jit
-    def correct(variables: Variables, images: jax.Array, labels: jax.Array) -> Any:
-        if train:
-            x = learner.scale(images)
-            return hits(learner.network.train(variables, x, key).logits, labels)
+def correct(
+    trainer: Trainer,
+    variables: Variables,
+    images: jax.Array,
+    labels: jax.Array,
+    *,
+    train: bool,
+) -> jax.Array:
+    """Returns how many images of a batch are right, in one mode or the other."""
+    learner = trainer.learner
+    if not train:
         return hits(learner.evaluate(variables, images), labels)
+    x, key = learner.scale(images), jax.random.key(0)
+    return hits(learner.network.train(variables, x, key).logits, labels)
 
-    total = sum(correct(variables, *batch) for batch in trainer.data.test)
-    return float(total) / trainer.data.num_test
+
+def accuracy(
+    hits_in: Callable[..., jax.Array],
+    trainer: Trainer,
+    variables: Variables,
+    *,
+    train: bool,
+) -> float:
+    """Returns the share of the test that is right; ``hits_in`` is :func:`correct`."""
+    data = trainer.data
+    total = sum(hits_in(variables, *batch, train=train) for batch in data.test)
+    return float(total) / data.num_test
 
 
 def distance(running: Any, found: Any) -> tuple[float, float]:

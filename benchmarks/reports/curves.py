@@ -43,7 +43,6 @@ def methods_chart(study: Study, ink: str, soft: str) -> Figure:
     """Draws the training loss by epoch, and how far it is from batch norm's."""
     figure = Figure(figsize=(8.5, 3.4), layout="constrained")
     curves, apart = figure.subplots(1, 2)
-    reference = next(s for s in study.settings if s.norm == "bn")
     for ax in (curves, apart):
         _style(ax, ink, soft)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -52,15 +51,12 @@ def methods_chart(study: Study, ink: str, soft: str) -> Figure:
     for setting, style in zip(shown, _STYLES, strict=False):
         loss = _curves(study, setting, "train_loss")
         _draw(curves, loss, _NAMES[setting.norm], **style)
-        if setting == reference:
+        if setting.norm == "bn":
             continue
-        seeds = study.runs(setting).keys() & study.runs(reference).keys()
+        runs, reference = study.runs(setting), study.reference(setting)
         pairs = [
-            np.subtract(
-                study.runs(setting)[seed]["train_loss"],
-                study.runs(reference)[seed]["train_loss"],
-            )
-            for seed in sorted(seeds)
+            np.subtract(runs[seed]["train_loss"], reference[seed]["train_loss"])
+            for seed in sorted(runs.keys() & reference.keys())
         ]
         mean, error = np.mean(pairs, 0), _error(pairs)
         epochs = np.arange(1, len(mean) + 1)
