@@ -17,6 +17,14 @@ from flax_sbn.sampling import Sampler, needs_key
 
 M = TypeVar("M", bound=nnx.Module)
 
+# What a copy of flax's class may lack.
+_DEFAULTS = {
+    "axis": -1,
+    "axis_name": None,
+    "axis_index_groups": None,
+    "dtype": None,
+    "promote_dtype": staticmethod(promote_dtype),
+}
 # Attributes that a switched norm has, and flax's has not.
 _OURS = (
     "sampler",
@@ -193,7 +201,10 @@ def _change_class(layer: nnx.Module, mixed_in: type) -> None:
 @functools.cache
 def _switched(plain: type, mixed_in: type) -> type:
     """Returns the class of a layer with another call; the same for the same class."""
+    defaults = _DEFAULTS if mixed_in is _Norm else {}
+    lacking = {n: value for n, value in defaults.items() if not hasattr(plain, n)}
     members = {
+        **lacking,
         "plain": plain,
         "__reduce_ex__": _reduce,
         "__doc__": plain.__doc__,
@@ -234,12 +245,6 @@ class _Norm(BatchNorm):
     path: switching.Path
     fold: bool
     sampler: Sampler
-    # What a copy of flax's class may lack.
-    axis = -1
-    axis_name = None
-    axis_index_groups = None
-    dtype = None
-    promote_dtype = staticmethod(promote_dtype)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         plain = functools.partial(type(self).plain.__call__, self, *args, **kwargs)

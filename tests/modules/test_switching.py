@@ -534,6 +534,15 @@ class NNXCopy(nnx.Module):
         return 3 * x
 
 
+def test_what_a_class_of_the_models_own_says_is_not_overridden():
+    class Half(NNXCopy):
+        dtype = jnp.bfloat16
+
+    model = nnx.Sequential(Half(4, rngs=nnx.Rngs(0)))
+    sbn.nnx.sample_norms(model, norm_types=(Half,))
+    assert model(inputs()).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("norm", [NNXOverrides, NNXCopy])
 def test_nnx_classes_of_the_models_own(norm):
     x, rngs = inputs(), nnx.Rngs(0)
