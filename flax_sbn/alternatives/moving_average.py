@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from flax_sbn.normalization import normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import Axis, Statistics, reduction_axes, update_running, wide
+from flax_sbn.xla.sharding import varying_like
 
 
 class MovingAverages(NamedTuple):
@@ -177,10 +178,9 @@ def moving_average_batch_norm(
         r_max=jnp.where(running.step >= renorm_warmup, r_max, 1.0),
         epsilon=epsilon,
     )
+    psi = varying_like(square, psi)
     y = normalize(
-        _with_averaged_gradient(
-            x, jnp.asarray(psi), chi, full, epsilon, axes, axis_name
-        ),
+        _with_averaged_gradient(x, psi, chi, full, epsilon, axes, axis_name),
         target,
         scale,
         bias,

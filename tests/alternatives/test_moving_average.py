@@ -205,8 +205,9 @@ def test_devices_that_pool_are_one(mapped, step):
         assert_close(actual, np.asarray(expected), num=x.size)
 
 
-def test_micro_batches_side_by_side_average_to_the_next_psi(x64):
-    x, cotangent = data((3, 4, 2), 0)
+@pytest.mark.parametrize("mapped", ["vmap", "shard_map"])
+def test_micro_batches_side_by_side_average_to_the_next_psi(mapped, x64):
+    x, cotangent = data((8, 4, 2), 0)
     running = wide(moving_averages((2,), 4))
     psi = cases.inputs((4, 2), "float64", seed=5)
 
@@ -215,11 +216,17 @@ def test_micro_batches_side_by_side_average_to_the_next_psi(x64):
         return (cotangent * y).sum()
 
     def of_all(psi):
-        return jax.vmap(loss, (None, 0, 0))(psi, x, cotangent).sum()
+        losses = jax.vmap(loss, (None, 0, 0))
+        if mapped == "shard_map":
+            specs = (P(), P("data"), P("data"))
+            losses = jax.shard_map(
+                losses, mesh=mesh(), in_specs=specs, out_specs=P("data")
+            )
+        return losses(psi, x, cotangent).sum()
 
     gradient = jax.jit(jax.grad(loss))
     each = [gradient(psi, *pair) for pair in zip(x, cotangent, strict=True)]
-    assert_close(jax.jit(jax.grad(of_all))(psi) / 3, np.mean(each, 0), "float64")
+    assert_close(jax.jit(jax.grad(of_all))(psi) / 8, np.mean(each, 0), "float64")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
