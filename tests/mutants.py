@@ -16,6 +16,7 @@ import json
 import os
 import queue
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -171,8 +172,8 @@ def tests_of(path: str) -> list[str]:
     return [f"tests/{test}" for test in dict.fromkeys([*own, *_ALL])]
 
 
-def survives(mutant: Mutant, tree: Path) -> bool:
-    """Whether all its tests pass, in a copy of the tree."""
+def killer(mutant: Mutant, tree: Path) -> str | None:
+    """Returns the first of its tests that fails in a copy of the tree, if one does."""
     path = tree / mutant.path
     text = path.read_text()
     path.write_text(mutant.applied(text))
@@ -182,15 +183,18 @@ def survives(mutant: Mutant, tree: Path) -> bool:
             command,
             cwd=tree,
             env=os.environ | {"PYTHONPATH": str(tree)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
             timeout=60 * _MINUTES,
         )
         if done.returncode not in (0, 1, 2):  # passed, failed, could not be imported
             raise RuntimeError(f"The tests of {mutant} did not run: {command}.")
-        return done.returncode == 0
+        if done.returncode == 0:
+            return None
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        return failed[1] if failed else "the import"
     except subprocess.TimeoutExpired:
-        return False
+        return f"the limit of {_MINUTES} minutes"
     finally:
         path.write_text(text)
 
@@ -223,10 +227,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i in range(args.jobs):
             trees.put(_copy(Path(folder) / str(i)))
 
-        def run(mutant: Mutant) -> bool:
+        def run(mutant: Mutant) -> str | None:
             tree = trees.get()
             try:
-                return survives(mutant, tree)
+                return killer(mutant, tree)
             finally:
                 trees.put(tree)
 
@@ -236,12 +240,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             Progress() as bar,
         ):
             shown = bar.track(pool.map(run, chosen), len(chosen))
-            for mutant, survived in zip(chosen, shown, strict=True):
-                survivors += survived
-                if survived:
+            for mutant, by in zip(chosen, shown, strict=True):
+                if by is None:
+                    survivors += 1
                     bar.console.print(f"survives: {mutant}", soft_wrap=True)
                 if args.json:
-                    _append(args.json, {**mutant._asdict(), "survives": survived})
+                    _append(args.json, {**mutant._asdict(), "killer": by})
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants are noticed")
     return survivors
 
