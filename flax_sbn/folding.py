@@ -20,24 +20,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import Extents, Padding, make_convolution
-from flax_sbn.normalization import batch_norm
-from flax_sbn.renormalization import Correct, correction
-from flax_sbn.sampled_fold import (
-    Layer,
-    Linear,
-    fixed_fold,
-    fixed_fold_applies,
-    fold_kernel,
-)
-from flax_sbn.sampling import Sampler, needs_key, sampled_parts
-from flax_sbn.statistics import (
-    Measure,
-    Statistics,
-    broadcast_mask,
-    num_devices,
-    part_statistics,
-    wide,
-)
+from flax_sbn.fixed_fold import fixed_fold, fixed_fold_applies
+from flax_sbn.normalization import Norm
+from flax_sbn.renormalization import Correct
+from flax_sbn.sampled_layer import Layer, Linear, fold_kernel
+from flax_sbn.sampling import Sampler, needs_key
+from flax_sbn.statistics import Measure, Statistics, broadcast_mask, wide
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import round_to
 from flax_sbn.xla.sharding import laid_out_by_xla, varying_like
@@ -279,10 +267,10 @@ def conv_norm(
         kernel,
         scale,
         bias,
+        activation,
+        residual,
         sampler=sampler,
         key=key,
-        activation=activation,
-        residual=residual,
         **options,
     )
 
@@ -362,10 +350,10 @@ def dense_norm(
         kernel,
         scale,
         bias,
+        activation,
+        residual,
         sampler=sampler,
         key=key,
-        activation=activation,
-        residual=residual,
         **options,
     )
 
@@ -418,27 +406,17 @@ def _linear_norm(
     kernel: jax.Array,
     scale: ArrayLike | None,
     bias: ArrayLike | None,
-    *,
-    sampler: Sampler | None,
-    key: jax.Array | None,
     activation: Activation | None,
     residual: ArrayLike | None,
+    *,
     statistics: Statistics | None = None,
-    mask: ArrayLike | None = None,
-    use_fast_variance: bool = True,
-    running: Statistics | None = None,
-    running_weight: float | jax.Array = 0.0,
-    measure: Measure | None = None,
-    correct: Correct | None = None,
-    epsilon: float = 1e-5,
-    dtype: DTypeLike | None = None,
-    **pooling: Any,
+    **options: Any,
 ) -> tuple[jax.Array, Statistics]:
     """Measures, folds and applies; ``batch`` is the shape that the images of x had."""
+    norm = Norm(**options)
     given = [array for array in (x, kernel, scale, bias) if array is not None]
-    result_dtype = canonicalize_dtype(*given, dtype=dtype)
-    correct = correct or correction(running_weight, epsilon)
-    x, _ = promote_dtype(x, kernel, dtype=dtype)
+    dtype = canonicalize_dtype(*given, dtype=norm.dtype)
+    x, _ = promote_dtype(x, kernel, dtype=norm.dtype)
     given_statistics = {} if statistics is None else statistics._asdict()
     _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)
     scale, bias = varying_like(x, (scale, bias))
@@ -446,88 +424,35 @@ def _linear_norm(
     narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
-    if mask is not None:
-        mask = broadcast_mask(mask, y_shape).reshape(shape)
-    layer = Layer(linear, shape[1:-1], epsilon, jnp.finfo(x.dtype).bits < 32)
-
-    def chosen(key: jax.Array | None) -> tuple[Part, ...]:
-        return sampled_parts(sampler, shape[:-1], key, num_devices(**pooling))
-
+    if norm.mask is not None:
+        mask = broadcast_mask(norm.mask, y_shape).reshape(shape)
+        norm = dataclasses.replace(norm, mask=mask)
+    layer = Layer(linear, norm, shape, jnp.finfo(x.dtype).bits < 32)
     fixed: tuple[Part, ...] = ()  # what is measured, if that is known in advance
-    if statistics is None and not needs_key(sampler):
-        fixed = chosen(key)
-
-    def measured(
-        parts: Sequence[Part],
-        values: Sequence[jax.Array],
-        mask: jax.Array | None,
-        running: Statistics | None,
-    ) -> Statistics:
-        axes = tuple(range(len(shape) - 1))
-        return part_statistics(
-            parts,
-            values,
-            axes,
-            masks=None if mask is None else [part.take(mask, axes) for part in parts],
-            running=running,
-            measure=measure,
-            **pooling,
-        )
+    if statistics is None and not needs_key(norm.sampler):
+        fixed = norm.parts(shape[:-1])
 
     if statistics is not None:
         y = layer.apply(x, kernel, statistics, None, scale, bias)
     elif any(not part.windows for part in fixed):  # all of it: nothing to fold
-        y, statistics = batch_norm(
-            linear(x, narrow),
-            scale,
-            bias,
-            sampler=sampler,
-            mask=mask,
-            use_fast_variance=use_fast_variance,
-            running=running,
-            measure=measure,
-            correct=correct,
-            epsilon=epsilon,
-            dtype=result_dtype,
-            **pooling,
-        )
+        whole = dataclasses.replace(norm, dtype=dtype)
+        y, statistics = whole(linear(x, narrow), scale, bias)
     elif fixed and fixed_fold_applies(x):
-
-        def target(
-            values: Sequence[jax.Array], mask: Any, running: Any
-        ) -> tuple[Statistics, Statistics]:
-            statistics = measured(fixed, values, mask, running)
-            return statistics, varying_like(x, correct(statistics, running))
-
-        y, statistics = fixed_fold(
-            layer,
-            fixed,
-            target,
-            x,
-            kernel,
-            scale,
-            bias,
-            (mask, running),
-            with_mean=mask is None,
-        )
+        y, statistics = fixed_fold(layer, fixed, x, kernel, scale, bias)
     else:
 
         def sampled(
-            x: jax.Array,
-            kernel: jax.Array,
-            key: jax.Array | None,
-            mask: jax.Array | None,
-            running: Statistics | None,
+            x: jax.Array, kernel: jax.Array, arrays: Any
         ) -> tuple[Statistics, jax.Array | None]:
-            parts = chosen(key)
+            parts = dataclasses.replace(norm, **arrays).parts(shape[:-1])
             values = layer.read(parts, x.astype(kernel.dtype), kernel)
-            mean = layer.mean_below(parts, x) if mask is None else None
-            return measured(parts, values, mask, running), mean
+            mean = layer.mean_below(parts, x)
+            return layer.statistics(parts, values, arrays), mean
 
         # From the wide input, so that gradients are added before they are rounded.
         broad = wide(x)
-        statistics, mean = laid_out_by_xla(sampled, broad, narrow, key, mask, running)
-        towards = varying_like(x, correct(statistics, running))
+        statistics, mean = laid_out_by_xla(sampled, broad, narrow, norm.arrays)
+        towards = varying_like(x, norm.target(statistics, norm.running))
         y = layer.apply(broad.astype(x.dtype), kernel, towards, mean, scale, bias)
-    y = y.astype(result_dtype).reshape(y_shape)
+    y = y.astype(dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics

@@ -3,6 +3,7 @@
 Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,8 +18,8 @@ from flax_sbn.sampling import Sampler
 from flax_sbn.statistics import (
     Axis,
     Measure,
+    Measurement,
     Statistics,
-    batch_statistics,
     of_features,
     reduction_axes,
     wide,
@@ -161,27 +162,60 @@ def batch_norm(
 
     Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
     """
-    x = jnp.asarray(x)
-    # The gradients of the measured and of all values meet here: in float32 they fuse
-    # into one addition, in half precision into none (on a CPU up to 4 x the time).
-    values = wide(x)
-    statistics = batch_statistics(
-        values,
+    norm = Norm(
         sampler=sampler,
         key=key,
-        axis=axis,
         mask=mask,
         axis_name=axis_name,
         axis_index_groups=axis_index_groups,
         use_fast_variance=use_fast_variance,
         running=running,
+        running_weight=running_weight,
         measure=measure,
+        correct=correct,
+        epsilon=epsilon,
+        dtype=dtype,
     )
-    dtype = _result_type(x, scale, bias, dtype=dtype)
-    correct = correct or correction(running_weight, epsilon)
-    target = correct(statistics, running)
-    y = normalize(values, target, scale, bias, axis=axis, epsilon=epsilon, dtype=dtype)
-    return y, statistics
+    return norm(jnp.asarray(x), scale, bias, axis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Norm(Measurement):
+    """What a batch norm does: the options of :func:`batch_norm` as one value."""
+
+    running_weight: float | jax.Array = 0.0
+    correct: Correct | None = None
+    epsilon: float = 1e-5
+    dtype: DTypeLike | None = None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        scale: ArrayLike | None,
+        bias: ArrayLike | None,
+        axis: Axis = -1,
+    ) -> tuple[jax.Array, Statistics]:
+        """Measures and normalizes; see :func:`batch_norm`."""
+        # The gradients of the measured and of all values meet here: in float32 they
+        # fuse into one addition, in half precision into none (on a CPU up to 4 x the
+        # time).
+        values = wide(x)
+        statistics = self.measured(values, axis)
+        y = normalize(
+            values,
+            self.target(statistics, self.running),
+            scale,
+            bias,
+            axis=axis,
+            epsilon=self.epsilon,
+            dtype=_result_type(x, scale, bias, dtype=self.dtype),
+        )
+        return y, statistics
+
+    def target(self, statistics: Statistics, running: Statistics | None) -> Statistics:
+        """Returns what to normalize with, given the measured and running statistics."""
+        correct = self.correct or correction(self.running_weight, self.epsilon)
+        return correct(statistics, running)
 
 
 def _result_type(*args: ArrayLike | None, dtype: DTypeLike | None) -> DTypeLike:

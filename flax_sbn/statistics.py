@@ -3,12 +3,12 @@
 Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
 """
 
+import dataclasses
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Moments(NamedTuple):
 
 
 # Makes moments of values ``x``, given the axes to reduce, booleans ``where`` (or None),
-# and ``one_pass`` of :func:`part_statistics`.
+# and ``one_pass``: ``use_fast_variance`` for a whole batch, None for a sample.
 Measure = Callable[[jax.Array, tuple[int, ...], jax.Array | None, bool | None], Moments]
 
 
@@ -169,97 +169,107 @@ def batch_statistics(
 
     Source: Chen et al., "Batch Normalization Sampling", arXiv 1810.10962.
     """
-    x = jnp.asarray(x)
-    axes = reduction_axes(x.ndim, axis)
-    if mask is not None:
-        mask = broadcast_mask(mask, x.shape)
+    how = Measurement(
+        sampler=sampler,
+        key=key,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        use_fast_variance=use_fast_variance,
+        running=running,
+        measure=measure,
+    )
+    return how.measured(jnp.asarray(x), axis)
 
-    def measured(
-        x: jax.Array,
-        key: jax.Array | None,
-        mask: jax.Array | None,
-        running: Statistics | None,
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Measurement:
+    """How a batch is measured: the options of :func:`batch_statistics` as one value."""
+
+    sampler: Sampler | None = None
+    key: jax.Array | None = None
+    mask: ArrayLike | None = None
+    axis_name: str | tuple[str, ...] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    running: Statistics | None = None
+    measure: Measure | None = None
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """What :func:`dataclasses.replace` takes where functions may not close over."""
+        return {"key": self.key, "mask": self.mask, "running": self.running}
+
+    def parts(self, shape: tuple[int, ...]) -> tuple[Part, ...]:
+        """Returns what is measured, of measured axes of extent ``shape``."""
+        devices = 1
+        if self.axis_name is not None:
+            # Of a number that all devices know, the sum is known, too.
+            groups = self.axis_index_groups
+            devices = lax.psum(1, self.axis_name, axis_index_groups=groups)
+        return sampled_parts(self.sampler, shape, self.key, devices)
+
+    def measured(self, x: jax.Array, axis: Axis) -> Statistics:
+        """Returns the statistics of ``x``."""
+        axes = reduction_axes(x.ndim, axis)
+        whole = self.masking(x.shape)
+
+        def measured(x: jax.Array, arrays: dict[str, Any]) -> Statistics:
+            how = dataclasses.replace(self, **arrays)
+            parts = how.parts(tuple(x.shape[a] for a in axes))
+            return how.statistics(parts, [part.take(x, axes) for part in parts], axes)
+
+        statistics: Statistics = laid_out_by_xla(measured, x, whole.arrays)
+        return statistics
+
+    def masking(self, shape: tuple[int, ...]) -> Self:
+        """Returns the same with a mask of the given shape, if there is one."""
+        if self.mask is None:
+            return self
+        return dataclasses.replace(self, mask=broadcast_mask(self.mask, shape))
+
+    def statistics(
+        self, parts: Sequence[Part], values: Sequence[jax.Array], axes: tuple[int, ...]
     ) -> Statistics:
-        shape = tuple(x.shape[a] for a in axes)
-        devices = num_devices(axis_name, axis_index_groups)
-        parts = sampled_parts(sampler, shape, key, devices)
-        return part_statistics(
-            parts,
-            [part.take(x, axes) for part in parts],
-            axes,
-            masks=None if mask is None else [part.take(mask, axes) for part in parts],
-            one_pass=use_fast_variance if sampler is None else None,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            running=running,
-            measure=measure,
+        """Returns the statistics of values that were taken part by part.
+
+        Args:
+          parts: what is measured.
+          values: the values of each part, with ``axes`` to reduce.
+          axes: of the batch and its spatial axes.
+        """
+        masks: list[jax.Array | None] = [None] * len(parts)
+        if self.mask is not None:
+            masks = [part.take(jnp.asarray(self.mask), axes) for part in parts]
+        one_pass = self.use_fast_variance if self.sampler is None else None
+        measure = self.measure or mean_and_var
+        moments = [
+            measure(x, axes, where, one_pass)
+            for x, where in zip(values, masks, strict=True)
+        ]
+        if self.axis_name is not None:
+            moments = pool_over_devices(
+                moments, self.axis_name, self.axis_index_groups, self.running
+            )
+        statistics = [Statistics(mean, var) for _, mean, var in moments]
+        if self.mask is None:
+            return mix_statistics(statistics, [part.weight for part in parts])
+
+        # A part of which nothing was measured leaves its weight to the others.
+        weights = [
+            jnp.where(count > 0, part.weight, 0.0)
+            for part, (count, _, _) in zip(parts, moments, strict=True)
+        ]
+        total = sum(weights)
+        measured = mix_statistics(
+            statistics,
+            [weight / jnp.where(total > 0, total, 1.0) for weight in weights],
         )
-
-    statistics: Statistics = laid_out_by_xla(measured, x, key, mask, running)
-    return statistics
-
-
-def num_devices(
-    axis_name: str | tuple[str, ...] | None = None, axis_index_groups: Any = None
-) -> int:
-    """Returns how many devices pool what they measure: see :func:`batch_statistics`."""
-    if axis_name is None:
-        return 1
-    # Of a number that all devices know, the sum is known, too.
-    return lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
-
-
-def part_statistics(
-    parts: Sequence[Part],
-    values: Sequence[jax.Array],
-    axes: tuple[int, ...],
-    *,
-    masks: Sequence[jax.Array] | None = None,
-    one_pass: bool | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    axis_index_groups: Any = None,
-    running: Statistics | None = None,
-    measure: Measure | None = None,
-) -> Statistics:
-    """Returns the statistics of values that were taken part by part.
-
-    Args:
-      parts: what a sampler measures.
-      values: the values of each part, with ``axes`` to reduce.
-      axes: rows and spatial axes.
-      masks: booleans of the shapes of ``values``: False leaves a value out.
-      one_pass: ``use_fast_variance`` of :func:`batch_statistics` for a whole batch;
-        None for a sample. See there for the rest.
-      axis_name: see there.
-      axis_index_groups: see there.
-      running: see there.
-      measure: see there.
-    """
-    measure = measure or mean_and_var
-    moments = [
-        measure(x, axes, where, one_pass)
-        for x, where in zip(values, masks or itertools.repeat(None), strict=False)
-    ]
-    if axis_name is not None:
-        moments = pool_over_devices(moments, axis_name, axis_index_groups, running)
-    statistics = [Statistics(mean, var) for _, mean, var in moments]
-    if masks is None:
-        return mix_statistics(statistics, [part.weight for part in parts])
-
-    # A part of which nothing was measured leaves its weight to the others.
-    weights = [
-        jnp.where(count > 0, part.weight, 0.0)
-        for part, (count, _, _) in zip(parts, moments, strict=True)
-    ]
-    total = sum(weights)
-    measured = mix_statistics(
-        statistics, [weight / jnp.where(total > 0, total, 1.0) for weight in weights]
-    )
-    mean, var = (0.0, 1.0) if running is None else lax.stop_gradient(running)
-    return Statistics(
-        jnp.where(total > 0, measured.mean, mean),
-        jnp.where(total > 0, measured.var, var),
-    )
+        mean, var = lax.stop_gradient(self.running or (0.0, 1.0))
+        return Statistics(
+            jnp.where(total > 0, measured.mean, mean),
+            jnp.where(total > 0, measured.var, var),
+        )
 
 
 def mix_statistics(

@@ -56,7 +56,8 @@ _TESTS = {
     "estimation": ["modules"],
     "same_outputs": ["test_export.py"],
     "as_stored": ["test_export.py"],
-    "sampled_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],
+    "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
+    "fixed_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],
     "linear_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],
     "dense_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],
     "batch_norm": ["test_linen.py", "test_nnx.py"],
@@ -191,7 +192,9 @@ def killer(mutant: Mutant, tree: Path) -> str | None:
             raise RuntimeError(f"The tests of {mutant} did not run: {command}.")
         if done.returncode == 0:
             return None
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        failed = re.search(
+            r"^(?:FAILED|ERROR) (.+?)(?: - |$)", done.stdout, re.MULTILINE
+        )
         return failed[1] if failed else "the import"
     except subprocess.TimeoutExpired:
         return f"the limit of {_MINUTES} minutes"

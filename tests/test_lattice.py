@@ -15,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flax_sbn as sbn
-from flax_sbn import sampled_fold
+from flax_sbn.fixed_fold import _with_sample
 from flax_sbn.lattice import Lattice, LatticeSampling
+from flax_sbn.normalization import Norm
+from flax_sbn.sampled_layer import Layer
 from flax_sbn.windows import Part
 from tests import cases, unfolded
 from tests.closeness import assert_same_to_rounding
@@ -190,12 +192,12 @@ def test_gradients_in_half_precision_are_added_before_rounding():
     def same(x, kernel):
         return x * kernel
 
-    layer = sampled_fold.Layer(same, (4,), 0.0, half=True)
+    layer = Layer(same, Norm(), (1, 4, 1), half=True)
     parts = [Part(1.0, (Lattice((2,), (2,), ((0,), (3,))),))]
     kernel, x = (jnp.ones((1, n, 1), jnp.bfloat16) for n in (1, 4))
 
     def both(x):
-        return sampled_fold._with_sample(layer, parts, kernel, x)
+        return _with_sample(layer, parts, kernel, x)
 
     (y, sample), pullback = jax.vjp(both, x)
     assert y.dtype == jnp.bfloat16

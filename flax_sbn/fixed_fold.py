@@ -1,4 +1,4 @@
-r"""A layer whose output is sampled, and the norm folded; and its derivative.
+r"""The derivative of a fold whose sample is at fixed positions.
 
 Plain differentiation adds the sample's gradient to the input's. Where the positions are
 fixed, :func:`fixed_fold` adds it to the output's instead, ahead of the one convolution
@@ -20,10 +20,9 @@ the tangent of the output. So, transposed, the gradient of ``q`` is added to tha
 output at ``S``, and there is neither a second convolution nor a division by ``a``.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,124 +31,12 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from flax_sbn.sampled_layer import Layer, scaled
 from flax_sbn.statistics import Statistics, wide
 from flax_sbn.windows import Part
-from flax_sbn.xla.half_precision import add_shift, offset, round_to
-from flax_sbn.xla.sharding import is_explicit
+from flax_sbn.xla.half_precision import round_to
+from flax_sbn.xla.sharding import is_explicit, varying_like
 from flax_sbn.xla.transposes import Form, linear
-
-# Makes measured statistics, and those to normalize with, of the values of each part
-# and further arrays; of each feature by its own values.
-Target = Callable[..., tuple[Statistics, Statistics]]
-
-
-class Linear(Protocol):
-    """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Returns ``(N, *spatial, C)``."""
-
-    def below(
-        self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-        """Returns the input below a part of the output, and what to apply to that."""
-
-
-def fold_kernel(
-    kernel: jax.Array,
-    statistics: Statistics,
-    scale: Any = None,
-    bias: Any = None,
-    *,
-    epsilon: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns kernel and bias with the norm in them: see :func:`flax_sbn.fold`."""
-    factor = lax.rsqrt(statistics.var + epsilon)
-    if scale is not None:
-        factor = factor * scale
-    shift = -statistics.mean * factor
-    return scaled(kernel, factor), shift if bias is None else shift + bias
-
-
-def scaled(kernel: jax.Array, factor: jax.Array) -> jax.Array:
-    """Returns the kernel with its output features scaled."""
-    # Spelled out, so that its gradient sums over all other axes at once: a sum that
-    # leaves out those of extent one takes XLA thirty times as long on a CPU.
-    return kernel * jnp.broadcast_to(factor, kernel.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """A linear layer and the norm behind it.
-
-    Attributes:
-      linear: maps ``(N, *spatial, I)`` to ``(N, *spatial, C)``.
-      extent: of the output's spatial axes.
-      epsilon: added to the variance.
-      half: whether the computation is in half precision.
-    """
-
-    linear: Linear
-    extent: tuple[int, ...]
-    epsilon: float
-    half: bool
-
-    def read(
-        self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
-    ) -> list[jax.Array]:
-        """Returns the linear layer's output at the positions of each part."""
-        values = []
-        for part in parts:
-            below, here = self.linear.below(x, part, self.extent)
-            values.append(here(below, kernel))
-        return values
-
-    def mean_below(self, parts: Sequence[Part], x: jax.Array) -> jax.Array | None:
-        """Returns the input's mean below the positions, if rounding needs it."""
-        if not self.half:
-            return None
-        x = lax.stop_gradient(x)
-        means = []
-        for part in parts:
-            below, _ = self.linear.below(x, part, self.extent)
-            axes = tuple(range(below.ndim - 1))
-            means.append(part.weight * below.mean(axes, dtype=jnp.float32))
-        return functools.reduce(jnp.add, means)
-
-    def apply(
-        self,
-        x: jax.Array,
-        kernel: jax.Array,
-        target: Statistics,
-        mean: jax.Array | None,
-        scale: Any,
-        bias: Any,
-    ) -> jax.Array:
-        """Returns the output, normalized, before residual and activation.
-
-        Args:
-          x: ``(N, *spatial, I)``.
-          kernel: ``(..., C)``.
-          target: statistics to normalize with, ``(C,)``.
-          mean: of the input where they were measured, by which the folded kernel's
-            rounding is corrected; None if it is not.
-          scale: ``(C,)`` or None.
-          bias: ``(C,)`` or None.
-        """
-        folded, shift = fold_kernel(kernel, target, scale, bias, epsilon=self.epsilon)
-        applied = round_to(folded, x.dtype)
-        if mean is not None:
-            narrow = round_to(kernel, x.dtype)
-            rounded, _ = fold_kernel(narrow, target, scale, bias, epsilon=self.epsilon)
-            shift -= offset(mean, applied, rounded)
-        return self.shifted(self.linear(x, applied), shift)
-
-    def shifted(self, y: jax.Array, shift: jax.Array) -> jax.Array:
-        """Adds to each feature, in float32 or wider."""
-        if self.half:
-            return add_shift(y, shift)
-        # Not broadcast as a whole: that would lie on every device.
-        return y + jnp.expand_dims(shift, range(y.ndim - 1))
 
 
 def fixed_fold_applies(x: jax.Array) -> bool:
@@ -164,42 +51,41 @@ def fixed_fold_applies(x: jax.Array) -> bool:
 def fixed_fold(
     layer: Layer,
     parts: Sequence[Part],
-    target: Target,
     x: jax.Array,
     kernel: jax.Array,
     scale: Any,
     bias: Any,
-    others: Sequence[Any],
-    with_mean: bool,
 ) -> tuple[jax.Array, Statistics]:
     """Measures at fixed positions, folds and applies.
 
     Args:
       layer: the layer.
       parts: positions of its output.
-      target: ``target(values, *others)`` returns the measured statistics and those to
-        normalize with.
       x: ``(N, *spatial, I)``.
       kernel: ``(..., C)``.
       scale: ``(C,)`` or None.
       bias: ``(C,)`` or None.
-      others: further arguments of ``target``: trees of arrays.
-      with_mean: whether rounding is corrected, in half precision.
 
     Returns:
       The output before residual and activation, and the measured statistics.
     """
     narrow = functools.partial(round_to, dtype=x.dtype)
+    arrays = layer.norm.arrays
 
     def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         return layer.read(parts, x, narrow(kernel))
 
-    call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), *others)
+    def target(values: Sequence[jax.Array], arrays: Any) -> tuple[Statistics, ...]:
+        statistics = layer.statistics(parts, values, arrays)
+        towards = layer.norm.target(statistics, arrays["running"])
+        return statistics, varying_like(x, towards)
+
+    call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), arrays)
 
     def output(
         x: jax.Array, kernel: jax.Array, towards: Statistics, scale: Any, bias: Any
     ) -> jax.Array:
-        mean = layer.mean_below(parts, x) if with_mean else None
+        mean = layer.mean_below(parts, x)
         return layer.apply(x, kernel, towards, mean, scale, bias)
 
     @jax.custom_jvp
@@ -216,7 +102,7 @@ def fixed_fold(
 
         def moments(values: list[jax.Array], constants: Any) -> Any:
             statistics, towards = call(values, *constants)
-            return statistics, towards, lax.rsqrt(towards.var + layer.epsilon)
+            return statistics, towards, lax.rsqrt(towards.var + layer.norm.epsilon)
 
         # Once, as sums over devices are not merged afterwards.
         values = measured(x, kernel)
@@ -252,7 +138,7 @@ def fixed_fold(
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
-    return folded(x, kernel, scale, bias, (hoisted, *others))
+    return folded(x, kernel, scale, bias, (hoisted, arrays))
 
 
 def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:
