@@ -83,6 +83,12 @@ def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
     return tuple(a for a in range(ndim) if a not in features)
 
 
+def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
+    """Returns the extent of the feature axes, ascending; see :func:`reduction_axes`."""
+    axes = reduction_axes(len(shape), axis)
+    return tuple(n for a, n in enumerate(shape) if a not in axes)
+
+
 def of_features(
     name: str, value: ArrayLike, shape: Sequence[int], axis: Axis
 ) -> jax.Array:
@@ -98,8 +104,7 @@ def of_features(
       ValueError: if the array has another shape than the feature axes.
     """
     value = jnp.asarray(value)
-    axes = reduction_axes(len(shape), axis)
-    features = tuple(n for a, n in enumerate(shape) if a not in axes)
+    features = feature_shape(shape, axis)
     if value.shape != features:
         raise ValueError(
             f"Expected {name} of shape {features}, got {name} of shape {value.shape} "

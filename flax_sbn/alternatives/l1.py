@@ -149,11 +149,5 @@ class L1Hooks(Hooks):
 
     averages_deviations = True
 
-    def _measure(
-        self: Any,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        return l1_moments(x, axes, where, one_pass, epsilon=self.epsilon)
+    def _measure(self: Any, *values: Any) -> Moments:
+        return l1_moments(*values, epsilon=self.epsilon)

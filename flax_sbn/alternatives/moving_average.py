@@ -11,7 +11,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.normalization import normalize
 from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Axis, Statistics, reduction_axes, update_running, wide
+from flax_sbn.statistics import (
+    Axis,
+    Statistics,
+    feature_shape,
+    reduction_axes,
+    update_running,
+    wide,
+)
 from flax_sbn.xla.sharding import varying_like
 
 
@@ -155,7 +162,7 @@ def moving_average_batch_norm(
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
     window = running.chi.shape[0]
-    shape = (window, *(n for a, n in enumerate(x.shape) if a not in axes))
+    shape = (window, *feature_shape(x.shape, axis))
     for name, given in (("running.chi", running.chi), ("psi", psi)):
         if jnp.shape(given) != shape:
             raise ValueError(

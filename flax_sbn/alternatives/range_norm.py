@@ -165,13 +165,5 @@ class RangeHooks(Hooks):
 
     averages_deviations = True
 
-    def _measure(
-        self: Any,
-        x: jax.Array,
-        axes: tuple[int, ...],
-        where: jax.Array | None,
-        one_pass: bool | None,
-    ) -> Moments:
-        return range_moments(
-            x, axes, where, one_pass, num_chunks=self.num_chunks, epsilon=self.epsilon
-        )
+    def _measure(self: Any, *values: Any) -> Moments:
+        return range_moments(*values, num_chunks=self.num_chunks, epsilon=self.epsilon)

@@ -1,5 +1,6 @@
 """flax.linen.BatchNorm plus a sampler."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -14,11 +15,18 @@ from flax_sbn.linen.keys import draw_key
 from flax_sbn.modules.estimation import ALL_INPUTS
 from flax_sbn.modules.hooks import Hooks
 from flax_sbn.sampling import Sampler, needs_key
-from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
+from flax_sbn.statistics import Statistics, feature_shape, keep_unmeasured
 
 # Without what linen wraps around it, to which it would be a call of its own: captured,
 # intercepted and tabulated beside that of the layer.
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
+
+
+def shared_options(layer: nn.Module) -> dict[str, Any]:
+    """Returns the fields that a layer has in common with :class:`BatchNorm`."""
+    own = {"parent", "name"}
+    names = {field.name for field in dataclasses.fields(BatchNorm)} - own
+    return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
 class BatchNorm(nn.BatchNorm, Hooks):
@@ -99,14 +107,13 @@ class BatchNorm(nn.BatchNorm, Hooks):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = reduction_axes(x.ndim, self.axis)
         # These complain, also where nothing is measured.
+        features = feature_shape(x.shape, self.axis)
         needs_key(self.sampler)
         check_numbers(momentum=self.momentum, epsilon=self.epsilon)
         if evaluate or self.is_initializing():
             return _flax_call(self, x, use_running_average, mask=mask)
 
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
         if self._as_flax():
             running = self._running(features)
             y = _flax_call(self, x, use_running_average, mask=mask)

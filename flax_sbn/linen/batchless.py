@@ -15,7 +15,7 @@ from flax_sbn.alternatives.batchless import (
     batchless_norm,
 )
 from flax_sbn.linen.affine import scale_and_bias
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, feature_shape
 
 
 class BatchlessNorm(nn.Module):
@@ -99,8 +99,7 @@ class BatchlessNorm(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = reduction_axes(x.ndim, self.axis)
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        features = feature_shape(x.shape, self.axis)
         options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
 
         def measured(key: jax.Array, i: int) -> jax.Array:

@@ -10,7 +10,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.depthwise import depthwise_affine, identity_kernel
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.batch_norm import BatchNorm, shared_options
 from flax_sbn.sampling import Sampler
 
 
@@ -99,23 +99,8 @@ class BNET(nn.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        y = BatchNorm(
-            use_running_average=self.use_running_average,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=False,
-            use_scale=False,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            use_fast_variance=self.use_fast_variance,
-            sampler=self.sampler,
-            running_weight=self.running_weight,
-            ghost_groups=self.ghost_groups,
-            rng_collection=self.rng_collection,
-            name="norm",
-        )(x, use_running_average, mask=mask)
+        options = shared_options(self) | {"use_bias": False, "use_scale": False}
+        y = BatchNorm(**options, name="norm")(x, use_running_average, mask=mask)
 
         window = self.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
 from flax_sbn.linen.affine import scale_and_bias
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, feature_shape
 
 
 class FilterResponseNorm(nn.Module):
@@ -64,7 +64,7 @@ class FilterResponseNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``x``, ``(N, *spatial, C)``, or with features at ``axis``."""
-        features = _features(x, self.axis)
+        features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)
         epsilon: ArrayLike = self.epsilon
         if self.learn_epsilon:
@@ -109,13 +109,8 @@ class TLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Cuts ``x`` off, ``(N, *spatial, C)``, or with features at ``axis``."""
-        features = _features(x, self.axis)
+        features = feature_shape(x.shape, self.axis)
         threshold = self.param(
             "threshold", self.threshold_init, features, self.param_dtype
         )
         return tlu(x, threshold, axis=self.axis, dtype=self.dtype)
-
-
-def _features(x: jax.Array, axis: Axis) -> tuple[int, ...]:
-    axes = reduction_axes(x.ndim, axis)
-    return tuple(n for a, n in enumerate(x.shape) if a not in axes)

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.batch_norm import BatchNorm, shared_options
 from flax_sbn.sampling import Sampler
 
 
@@ -111,26 +111,8 @@ class IC(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        y = BatchNorm(
-            use_running_average=evaluate,
-            axis=self.axis,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=self.use_bias,
-            use_scale=self.use_scale,
-            bias_init=self.bias_init,
-            scale_init=self.scale_init,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            use_fast_variance=self.use_fast_variance,
-            sampler=self.sampler,
-            running_weight=self.running_weight,
-            ghost_groups=self.ghost_groups,
-            rng_collection=self.rng_collection,
-            name="norm",
-        )(x, mask=mask)
+        options = shared_options(self) | {"use_running_average": evaluate}
+        y = BatchNorm(**options, name="norm")(x, mask=mask)
         # Nothing is drawn in `init`, so that it needs no stream but 'params'.
         return nn.Dropout(self.rate, name="dropout")(
             y, deterministic=evaluate or self.is_initializing()

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from flax_sbn.activation import Activation, add_and_activate, fused
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import fold_like, refuse_options
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.batch_norm import BatchNorm, shared_options
 from flax_sbn.sampling import Sampler
 
 
@@ -123,28 +123,14 @@ class LinearNorm(nn.Module, kw_only=True):
                 )
             return add_and_activate(linear(x), residual, self.activation)
 
-        own = {}
-        if self.running_weight is not None:
-            own["running_weight"] = self.running_weight
-        norm = self.norm_cls(
-            use_running_average=evaluate,
-            momentum=self.momentum,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            use_bias=self.norm_bias,
-            use_scale=self.norm_scale,
-            bias_init=self.bias_init,
-            scale_init=self.scale_init,
-            axis_name=self.axis_name,
-            axis_index_groups=self.axis_index_groups,
-            use_fast_variance=self.use_fast_variance,
-            force_float32_reductions=self.force_float32_reductions,
-            sampler=self.sampler,
-            rng_collection=self.rng_collection,
-            name="norm",
-            **own,
-        )
+        options = shared_options(self) | {
+            "use_running_average": evaluate,
+            "use_bias": self.norm_bias,
+            "use_scale": self.norm_scale,
+        }
+        if self.running_weight is None:
+            del options["running_weight"]
+        norm = self.norm_cls(**options, name="norm")
         if self.is_initializing() or not (evaluate or norm._folds()):
             y = norm(linear(x), mask=mask)
             return add_and_activate(y, residual, self.activation)

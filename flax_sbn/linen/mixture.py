@@ -15,7 +15,7 @@ from flax_sbn.alternatives.mixture import (
     mixture_normalize,
 )
 from flax_sbn.linen.affine import scale_and_bias
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, feature_shape
 
 
 class MixtureNorm(nn.Module):
@@ -101,8 +101,7 @@ class MixtureNorm(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = reduction_axes(x.ndim, self.axis)
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)
 
         initial = initial_mixture(self.num_components, features)

@@ -17,7 +17,7 @@ from flax_sbn.alternatives.moving_average import (
 )
 from flax_sbn.linen.affine import scale_and_bias
 from flax_sbn.normalization import normalize
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, feature_shape
 
 
 class MovingAverageBatchNorm(nn.Module):
@@ -113,8 +113,7 @@ class MovingAverageBatchNorm(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = reduction_axes(x.ndim, self.axis)
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)
 
         initial = moving_averages(features, self.window)

@@ -4,7 +4,7 @@ import jax
 from flax import linen as nn
 
 from flax_sbn.alternatives.entropy import shade, shade_init, shade_update
-from flax_sbn.statistics import Axis, reduction_axes
+from flax_sbn.statistics import Axis, feature_shape
 
 
 class Shade(nn.Module):
@@ -65,8 +65,7 @@ class Shade(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        axes = reduction_axes(x.ndim, self.axis)
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        features = feature_shape(x.shape, self.axis)
         means = self.variable("batch_stats", "means", shade_init, features)
         if not evaluate and not self.is_initializing():
             loss = shade(x, means.value, axis=self.axis, mask=mask)

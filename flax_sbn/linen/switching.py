@@ -17,7 +17,7 @@ from flax_sbn.linen.batch_norm import BatchNorm
 from flax_sbn.modules import switching
 from flax_sbn.normalization import batch_norm
 from flax_sbn.sampling import Sampler, needs_key
-from flax_sbn.statistics import reduction_axes
+from flax_sbn.statistics import feature_shape
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -291,11 +291,10 @@ class _Interceptor:
             rng_collection=options.rng_collection,
             parent=module.scope,
         )
-        axes = reduction_axes(x.ndim, ours.axis)
         if switching.unfit(sampler, x, ours.axis):
             switching.note(path, "plain", reason="no spatial axes to sample from")
             return plain()
-        features = tuple(n for a, n in enumerate(x.shape) if a not in axes)
+        features = feature_shape(x.shape, ours.axis)
         product = switching.product_of(x)
         why_not = switching.obstacle(product, x, ours.axis, sampler, options.fold)
         norm: switching.Norm

@@ -11,6 +11,7 @@ from flax_sbn.modules.estimation import ALL_INPUTS
 from flax_sbn.modules.hooks import Hooks
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.keys import draw_key, fork_stream
+from flax_sbn.nnx.modes import evaluates
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 
@@ -115,11 +116,9 @@ class BatchNorm(nnx.BatchNorm, Hooks):
         """
         reduction_axes(x.ndim, self.axis)
         check_numbers(momentum=self.momentum, epsilon=self.epsilon)
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         running = self._running()
-        if self._as_flax() or evaluate or evaluate is None:
+        if self._as_flax() or evaluate:
             y = _flax_call(self, x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
                 self._keep(keep_unmeasured(self._running(), running))

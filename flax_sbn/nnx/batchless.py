@@ -16,6 +16,7 @@ from flax_sbn.alternatives.batchless import (
 )
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.loss import sow_loss
+from flax_sbn.nnx.modes import evaluates
 
 
 class BatchlessNorm(nnx.Module):
@@ -114,9 +115,7 @@ class BatchlessNorm(nnx.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}
         if self.initializing:
             mean, log_scale = batchless_init(x, mask=mask, **options)

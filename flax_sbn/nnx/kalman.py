@@ -9,6 +9,7 @@ from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.keys import fork_stream
+from flax_sbn.nnx.modes import evaluates
 from flax_sbn.statistics import Statistics
 
 
@@ -113,11 +114,9 @@ class KalmanNorm(nnx.Module):
           The output, ``(N, *spatial, C)``, and the statistics to hand on, ``(C,)``.
         """
         norm = self.norm
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = norm.use_running_average
+        evaluate = evaluates(norm, use_running_average)
         y = self.linear(x)
-        if evaluate or evaluate is None:
+        if evaluate:
             y = norm(y, use_running_average, mask=mask)
             return y, norm._running()
 

@@ -10,6 +10,7 @@ from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import check_input_features, fold_like, refuse_options
 from flax_sbn.nnx.batch_norm import BatchNorm
+from flax_sbn.nnx.modes import evaluates
 
 # Features are last, so `axis` is no option; `promote_dtype` has another form in each.
 _SAME_NAME = (
@@ -92,14 +93,7 @@ class LinearNorm(nnx.Module):
         check_input_features(x, linear.in_features)
         if norm is None:
             return add_and_activate(linear(x), residual, activation)
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = norm.use_running_average
-        if evaluate is None:
-            raise ValueError(
-                "Expected use_running_average in the constructor or the call, got None "
-                "in both. Use model.train() and model.eval(), or pass it."
-            )
+        evaluate = evaluates(norm, use_running_average)
         if not (evaluate or norm._folds()):
             y = norm(linear(x), use_running_average, mask=mask)
             return add_and_activate(y, residual, activation)

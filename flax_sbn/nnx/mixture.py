@@ -16,6 +16,7 @@ from flax_sbn.alternatives.mixture import (
     mixture_normalize,
 )
 from flax_sbn.nnx import parameters
+from flax_sbn.nnx.modes import evaluates
 
 
 class MixtureNorm(nnx.Module):
@@ -114,9 +115,7 @@ class MixtureNorm(nnx.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         scale, bias = parameters.values(self.scale, self.bias)
         state = (self.step, self.weight, self.mean, self.var)
         running = Mixture(*(variable[...] for variable in state))

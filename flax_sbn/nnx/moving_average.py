@@ -16,6 +16,7 @@ from flax_sbn.alternatives.moving_average import (
     moving_averages,
 )
 from flax_sbn.nnx import parameters
+from flax_sbn.nnx.modes import evaluates
 from flax_sbn.normalization import normalize
 
 # Not captured or tabulated a second time; see BatchNorm.
@@ -145,9 +146,7 @@ class MovingAverageBatchNorm(nnx.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         scale, bias = parameters.values(self.scale, self.bias)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])
         options: dict[str, Any] = {

@@ -5,6 +5,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.entropy import shade, shade_init, shade_update
 from flax_sbn.nnx.loss import sow_loss
+from flax_sbn.nnx.modes import evaluates
 
 
 class Shade(nnx.Module):
@@ -68,9 +69,7 @@ class Shade(nnx.Module):
             constructor's.
           mask: booleans that broadcast to ``x``: False is not measured.
         """
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         if not evaluate:
             loss = shade(x, self.means[...], axis=self.axis, mask=mask)
             sow_loss(self, "shade", self.weight * loss)

@@ -13,6 +13,7 @@ from flax_sbn.modules import switching
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.input_statistics import set_class
 from flax_sbn.nnx.keys import fork_stream
+from flax_sbn.nnx.modes import evaluates
 from flax_sbn.sampling import Sampler, needs_key
 
 M = TypeVar("M", bound=nnx.Module)
@@ -259,11 +260,9 @@ class _Norm(BatchNorm):
         mask: jax.Array | None = None,
     ) -> jax.Array:
         """Measures a sample, and folds if it can."""
-        evaluate = use_running_average
-        if evaluate is None:
-            evaluate = self.use_running_average
+        evaluate = evaluates(self, use_running_average)
         reason = ""
-        if evaluate or evaluate is None:
+        if evaluate:
             reason = "evaluated"
         elif switching.unfit(self.sampler, x, self.axis):
             reason = "no spatial axes to sample from"
