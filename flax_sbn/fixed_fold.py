@@ -20,6 +20,7 @@ the tangent of the output. So, transposed, the gradient of ``q`` is added to tha
 output at ``S``, and there is neither a second convolution nor a division by ``a``.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from flax_sbn.normalization import Norm
 from flax_sbn.sampled_layer import Layer, scaled
 from flax_sbn.statistics import Statistics, wide
 from flax_sbn.windows import Part
@@ -50,6 +52,7 @@ def fixed_fold_applies(x: jax.Array) -> bool:
 
 def fixed_fold(
     layer: Layer,
+    norm: Norm,
     parts: Sequence[Part],
     x: jax.Array,
     kernel: jax.Array,
@@ -60,6 +63,7 @@ def fixed_fold(
 
     Args:
       layer: the layer.
+      norm: how its output is measured and normalized.
       parts: positions of its output.
       x: ``(N, *spatial, I)``.
       kernel: ``(..., C)``.
@@ -70,15 +74,16 @@ def fixed_fold(
       The output before residual and activation, and the measured statistics.
     """
     narrow = functools.partial(round_to, dtype=x.dtype)
-    arrays = layer.norm.arrays
+    arrays = norm.arrays
 
     def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         return layer.read(parts, x, narrow(kernel))
 
     def target(values: Sequence[jax.Array], arrays: Any) -> tuple[Statistics, ...]:
-        statistics = layer.statistics(parts, values, arrays)
-        towards = layer.norm.target(statistics, arrays["running"])
-        return statistics, varying_like(x, towards)
+        given = dataclasses.replace(norm, **arrays)
+        axes = tuple(range(len(layer.shape) - 1))
+        statistics = given.statistics(parts, values, axes)
+        return statistics, varying_like(x, given.target(statistics))
 
     call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), arrays)
 
@@ -102,7 +107,7 @@ def fixed_fold(
 
         def moments(values: list[jax.Array], constants: Any) -> Any:
             statistics, towards = call(values, *constants)
-            return statistics, towards, lax.rsqrt(towards.var + layer.norm.epsilon)
+            return statistics, towards, lax.rsqrt(towards.var + layer.epsilon)
 
         # Once, as sums over devices are not merged afterwards.
         values = measured(x, kernel)

@@ -427,7 +427,8 @@ def _linear_norm(
     if norm.mask is not None:
         mask = broadcast_mask(norm.mask, y_shape).reshape(shape)
         norm = dataclasses.replace(norm, mask=mask)
-    layer = Layer(linear, norm, shape, jnp.finfo(x.dtype).bits < 32)
+    half, masked = jnp.finfo(x.dtype).bits < 32, norm.mask is not None
+    layer = Layer(linear, shape, norm.epsilon, half, masked)
     fixed: tuple[Part, ...] = ()  # what is measured, if that is known in advance
     if statistics is None and not needs_key(norm.sampler):
         fixed = norm.parts(shape[:-1])
@@ -438,21 +439,22 @@ def _linear_norm(
         whole = dataclasses.replace(norm, dtype=dtype)
         y, statistics = whole(linear(x, narrow), scale, bias)
     elif fixed and fixed_fold_applies(x):
-        y, statistics = fixed_fold(layer, fixed, x, kernel, scale, bias)
+        y, statistics = fixed_fold(layer, norm, fixed, x, kernel, scale, bias)
     else:
 
         def sampled(
             x: jax.Array, kernel: jax.Array, arrays: Any
         ) -> tuple[Statistics, jax.Array | None]:
-            parts = dataclasses.replace(norm, **arrays).parts(shape[:-1])
+            given = dataclasses.replace(norm, **arrays)
+            parts = given.parts(shape[:-1])
             values = layer.read(parts, x.astype(kernel.dtype), kernel)
-            mean = layer.mean_below(parts, x)
-            return layer.statistics(parts, values, arrays), mean
+            axes = tuple(range(len(shape) - 1))
+            return given.statistics(parts, values, axes), layer.mean_below(parts, x)
 
         # From the wide input, so that gradients are added before they are rounded.
         broad = wide(x)
         statistics, mean = laid_out_by_xla(sampled, broad, narrow, norm.arrays)
-        towards = varying_like(x, norm.target(statistics, norm.running))
+        towards = varying_like(x, norm.target(statistics))
         y = layer.apply(broad.astype(x.dtype), kernel, towards, mean, scale, bias)
     y = y.astype(dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics

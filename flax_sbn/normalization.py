@@ -203,7 +203,7 @@ class Norm(Measurement):
         statistics = self.measured(values, axis)
         y = normalize(
             values,
-            self.target(statistics, self.running),
+            self.target(statistics),
             scale,
             bias,
             axis=axis,
@@ -212,10 +212,10 @@ class Norm(Measurement):
         )
         return y, statistics
 
-    def target(self, statistics: Statistics, running: Statistics | None) -> Statistics:
-        """Returns what to normalize with, given the measured and running statistics."""
+    def target(self, statistics: Statistics) -> Statistics:
+        """Returns what to normalize with, given what was measured."""
         correct = self.correct or correction(self.running_weight, self.epsilon)
-        return correct(statistics, running)
+        return correct(statistics, self.running)
 
 
 def _result_type(*args: ArrayLike | None, dtype: DTypeLike | None) -> DTypeLike:

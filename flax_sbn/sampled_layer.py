@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_sbn.normalization import Norm
 from flax_sbn.statistics import Statistics
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import add_shift, offset, round_to
@@ -56,15 +55,17 @@ class Layer:
 
     Attributes:
       linear: maps ``(N, *spatial, I)`` to ``(N, *spatial, C)``.
-      norm: how its output is measured and normalized.
       shape: of the output.
+      epsilon: added to the variance.
       half: whether the computation is in half precision.
+      masked: whether some of the output is not measured.
     """
 
     linear: Linear
-    norm: Norm
     shape: tuple[int, ...]
+    epsilon: float
     half: bool
+    masked: bool
 
     def read(
         self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
@@ -76,16 +77,9 @@ class Layer:
             values.append(here(below, kernel))
         return values
 
-    def statistics(
-        self, parts: Sequence[Part], values: Sequence[jax.Array], arrays: Any
-    ) -> Statistics:
-        """Returns the statistics of what was read, given the norm's arrays."""
-        norm = dataclasses.replace(self.norm, **arrays)
-        return norm.statistics(parts, values, tuple(range(len(self.shape) - 1)))
-
     def mean_below(self, parts: Sequence[Part], x: jax.Array) -> jax.Array | None:
         """Returns the input's mean below the positions, if rounding needs it."""
-        if not self.half or self.norm.mask is not None:
+        if not self.half or self.masked:
             return None
         x = lax.stop_gradient(x)
         means = []
@@ -115,7 +109,7 @@ class Layer:
           scale: ``(C,)`` or None.
           bias: ``(C,)`` or None.
         """
-        epsilon = self.norm.epsilon
+        epsilon = self.epsilon
         folded, shift = fold_kernel(kernel, target, scale, bias, epsilon=epsilon)
         applied = round_to(folded, x.dtype)
         if mean is not None:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 import flax_sbn as sbn
 from flax_sbn.fixed_fold import _with_sample
 from flax_sbn.lattice import Lattice, LatticeSampling
-from flax_sbn.normalization import Norm
 from flax_sbn.sampled_layer import Layer
 from flax_sbn.windows import Part
 from tests import cases, unfolded
@@ -192,7 +191,7 @@ def test_gradients_in_half_precision_are_added_before_rounding():
     def same(x, kernel):
         return x * kernel
 
-    layer = Layer(same, Norm(), (1, 4, 1), half=True)
+    layer = Layer(same, (1, 4, 1), 0.0, half=True, masked=False)
     parts = [Part(1.0, (Lattice((2,), (2,), ((0,), (3,))),))]
     kernel, x = (jnp.ones((1, n, 1), jnp.bfloat16) for n in (1, 4))
 
