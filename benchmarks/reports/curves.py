@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 import flax_sbn as sbn
@@ -17,19 +18,39 @@ from reports.theme import COLOURS, THEMES, save
 
 Curves = np.ndarray  # (seeds, points)
 
-_COLUMNS = 4  # of panels
 # Whose curves are drawn, and names that say more than those of the command line.
 _SHOWN = ("bn", "lattice", "fs:1/64")
 _NAMES = {
     "bn": "batch norm",
-    "bn~3/4": "batch norm, running_weight=0.75",
+    "bn~3/4": "BN, running_weight=0.75",
     "gn": "group norm",
     "mabn": "moving-average BN",
     "lattice": "LatticeSampling()",
     "lattice~3/4": "LatticeSampling(), running_weight=0.75",
     "lattice+vdn:2~3/4": "LatticeSampling(), 2 virtual images, running_weight=0.75",
     "fs:1/64": "FeatureSampling(1 / 64)",
+    "fs:1/64+vdn:2": "FS(1 / 64), 2 virtual images",
+    "fs:1/64+vdn:2~3/4": "the same, running_weight=0.75",
+    "vdn:2": "2 virtual images",
+    "bs:1+vdn:2": "1 image, 2 virtual ones",
+    "brn": "Batch Renormalization",
+    "kn": "Kalman normalization",
+    "dbn": "diminishing BN",
+    "mixture": "mixture normalization",
+    "l1": "L1-norm BN",
+    "range": "range BN",
+    "ic": "IC",
+    "shade": "SHADE, batch norm",
+    "ba:2": "batch augmentation, 2 copies",
+    "bnet": "BNET",
+    "ghost:4": "Ghost BN, 4 groups",
+    "bnp": "BN preconditioning",
+    "nf": "norm-free, standardized weights",
+    "none": "no norm",
+    "batchless": "batchless normalization",
+    "frn": "filter response normalization",
 }
+_ALONE = ("bnp", "nf", "none", "batchless", "frn", "gn")  # each image by itself
 
 # Of the lines in a panel, in turn: all colours, and then all of them dotted.
 _STYLES: list[Any] = [
@@ -50,7 +71,7 @@ def methods_chart(study: Study, ink: str, soft: str) -> Figure:
     shown = [s for s in study.settings if s.norm in _SHOWN]
     for setting, style in zip(shown, _STYLES, strict=False):
         loss = _curves(study, setting, "train_loss")
-        _draw(curves, loss, _NAMES[setting.norm], **style)
+        _draw(curves, loss, _name(setting.norm), **style)
         if setting.norm == "bn":
             continue
         runs, reference = study.runs(setting), study.reference(setting)
@@ -115,61 +136,73 @@ def rows_chart(study: Study, ink: str, soft: str) -> Figure:
     norms: dict[str, list[Experiment]] = {}
     for setting in study.settings:
         norms.setdefault(setting.norm if setting.rows else "", []).append(setting)
-    whole = norms.pop("", [])
-    jitter = np.linspace(0.96, 1.04, max(2, len(norms)))
-    for factor, (norm, settings), style in zip(
-        jitter, norms.items(), _STYLES, strict=False
-    ):
-        sizes, means, errors = _by_rows(study, settings)
-        ax.errorbar(
-            factor * np.array(sizes),
-            means,
-            errors,
-            **style,
-            marker="o",
-            markersize=4,
-            linewidth=1.6,
-            capsize=2,
-            label=_NAMES.get(norm, short(norm)),
-        )
-    for setting, linestyle in zip(whole, ("--", ":", "-."), strict=False):
+    ends = []  # value, label and colour
+    for setting in norms.pop("", []):
         mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
-        label = f"{_NAMES.get(setting.norm, setting.norm)}, all 128"
-        ax.axhline(mean, color=ink, linestyle=linestyle, linewidth=1.2, label=label)
+        ax.axhline(mean, color=soft, linestyle="--", linewidth=1.2)
+        ends.append((mean, f"{_name(setting.norm)}, all 128", soft))
+    most = max(s.rows or 1 for settings in norms.values() for s in settings)
+    for (norm, settings), style in zip(norms.items(), _STYLES, strict=False):
+        sizes, means, errors = _by_rows(study, settings)
+        ax.errorbar(sizes, means, errors, **style, marker="o", ms=4, lw=1.6, capsize=2)
+        ends.append((means[-1], _name(norm), style["color"]))
+        if sizes[-1] < most:  # as far as its label
+            dotted = {"color": style["color"], "linestyle": ":", "linewidth": 1}
+            ax.plot([sizes[-1], most], [means[-1]] * 2, **dotted)
     ax.set_xscale("log", base=2)
     ticks = sorted({s.rows for settings in norms.values() for s in settings if s.rows})
     ax.set_xticks(ticks, [str(rows) for rows in ticks])
     ax.set_xlabel("images normalized together", color=ink, fontsize=9.5)
     ax.set_ylabel("test accuracy", color=ink, fontsize=9.5)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.legend(loc="outside right center", frameon=False, labelcolor=ink, fontsize=9)
+    _label_ends(ax, ends)
     return figure
 
 
 def normalizers_chart(study: Study, ink: str, soft: str) -> Figure:
-    """Draws accuracy against rows: a panel a norm, with batch norm's in each."""
+    """Draws accuracy with the fewest images and with all: a line a norm, sorted."""
     norms: dict[str, list[Experiment]] = {}
     for setting in study.settings:
         norms.setdefault(setting.norm, []).append(setting)
-    reference = norms.pop("bn")
-    rows = math.ceil(len(norms) / _COLUMNS)
-    figure = Figure(figsize=(8.5, 1.75 * rows), layout="constrained")
-    axes = figure.subplots(rows, _COLUMNS, sharex=True, sharey=True, squeeze=False)
-    for ax in axes.flat[len(norms) :]:
-        ax.axis("off")
-    for ax, (norm, settings) in zip(axes.flat, norms.items(), strict=False):
-        _style(ax, ink, soft)
-        _draw_by_rows(ax, study, reference, color=soft, linestyle="--")
-        _draw_by_rows(ax, study, settings, color=COLOURS[0], linestyle="-")
-        ax.set_title(short(norm), loc="left", color=ink, fontsize=10, weight="bold")
-        ax.set_xscale("log", base=2)
-        ticks = sorted({_num_rows(setting) for setting in reference})
-        labels = ["all" if n == ticks[-1] else str(n) for n in ticks]
-        ax.set_xticks(ticks, labels)
-        ax.tick_params(labelbottom=True)
-        ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.supxlabel("rows normalized together", color=ink, fontsize=9.5)
-    figure.supylabel("test accuracy", color=ink, fontsize=9.5)
+    fewest = min(_num_rows(setting) for setting in study.settings)
+    found = {}
+    for norm, settings in norms.items():
+        sizes, means, errors = _by_rows(study, settings)
+        alone = [setting.rows for setting in settings] == [None]
+        # Images that are normalized alone are so in any batch.
+        few = 0 if sizes[0] == fewest or (alone and norm in _ALONE) else None
+        found[norm] = (few, means, errors)
+    order = sorted(found, key=lambda norm: found[norm][1][found[norm][0] or 0])
+    figure = Figure(figsize=(8.5, 0.27 * len(order) + 0.9), layout="constrained")
+    ax = figure.subplots()
+    _style(ax, ink, soft)
+    for y, norm in enumerate(order):
+        few, means, errors = found[norm]
+        dots: Any = {"fmt": "o", "ms": 5, "capsize": 2, "lw": 1.2}
+        if few is not None:
+            ax.plot(means[[few, -1]], [y, y], color=soft, lw=1.2, zorder=1)
+        ax.errorbar(means[-1], y, xerr=errors[-1], color=COLOURS[1], **dots)
+        if few is not None:
+            ax.errorbar(means[few], y, xerr=errors[few], color=COLOURS[0], **dots)
+    ax.set_yticks(range(len(order)), [_name(norm) for norm in order])
+    for text, norm in zip(ax.get_yticklabels(), order, strict=True):
+        text.set_fontweight("bold" if norm == "bn" else "normal")
+    ax.set_xlabel("test accuracy", color=ink, fontsize=9.5)
+    ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    handles = [
+        Line2D([], [], color=color, marker="o", ls="none", label=label)
+        for color, label in zip(
+            COLOURS, (f"{fewest} images normalized together", "all 128"), strict=False
+        )
+    ]
+    figure.legend(
+        handles=handles,
+        loc="outside upper left",
+        ncols=2,
+        frameon=False,
+        labelcolor=ink,
+        fontsize=9.5,
+    )
     return figure
 
 
@@ -183,8 +216,8 @@ ALT = {
     "methods": "Training loss by epoch, and its distance from batch norm's",
     "ratio": "Test accuracy against the share of values measured, one line a family",
     "rows": "Test accuracy against the number of images normalized together",
-    "normalizers": "Test accuracy against the number of rows, a panel a normalizer, "
-    "with that of batch normalization in each",
+    "normalizers": "Test accuracy of each normalizer with two images normalized "
+    "together, and with all",
 }
 
 
@@ -227,26 +260,26 @@ def _curves(study: Study, setting: Experiment, key: str) -> Curves:
     return np.array([record[key] for record in study.runs(setting).values()])
 
 
-def _draw_by_rows(
-    ax: Axes,
-    study: Study,
-    settings: Sequence[Experiment],
-    *,
-    color: str,
-    linestyle: str,
-) -> None:
-    """Draws the mean of the last accuracies and their deviation by number of rows.
+def _name(norm: str) -> str:
+    """Returns what a method is called where there is room."""
+    return _NAMES.get(norm, short(norm))
 
-    A norm that was trained with whole batches only is one for which rows do not matter:
-    a line across the panel.
-    """
-    rows, means, errors = _by_rows(study, settings)
-    style: Any = {"color": color, "linestyle": linestyle}
-    if [setting.rows for setting in settings] == [None]:
-        ax.axhline(means[0], lw=1.6, **style)
-        ax.axhspan(*(means + [-1, 1] * errors), color=color, alpha=0.12, lw=0)
-        return
-    ax.errorbar(rows, means, errors, marker="o", ms=3.5, lw=1.6, capsize=2, **style)
+
+def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """Writes on the right what lines are, each below the one before."""
+    low, high = ax.get_ylim()
+    least = 0.055 * (high - low)
+    place = math.inf
+    for value, label, color in sorted(ends, reverse=True):
+        place = min(value, place - least)
+        ax.annotate(
+            label,
+            (1.01, place),
+            xycoords=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=9,
+            color=color,
+        )
 
 
 def _by_rows(

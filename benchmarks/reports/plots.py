@@ -1,4 +1,4 @@
-"""Bar charts of the results: horizontal bars in groups, flax's batch norm at 1."""
+"""Bar charts of the results: horizontal bars in groups, and a reference at 1."""
 
 import functools
 from collections.abc import Callable
@@ -9,21 +9,27 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from reports import noise_chart, scaling_chart
+from reports import noise_chart
 from reports.theme import COLOURS, THEMES, Draw, save, style_bars
 
 Report = dict[str, Any]
 
 _ROW = 0.2  # height of a bar in inches
 _TRAFFIC = {"HBM traffic": "traffic_bytes", "temporary memory": "temp_bytes"}
-_CUT = 3.0  # longer bars are cut; their text tells
+_WAYS = {"jit": "jit", "own": "shard_map", "pooled": "shard_map with axis_name"}
+_NAMES = {
+    "resnet": "ResNet-",
+    "densenet": "DenseNet-",
+    "h200": "H200",
+    "v5e": "TPU v5e",
+}
 
 
 class Bar(NamedTuple):
-    """A value relative to that of flax's batch norm, and the text beside it."""
+    """A value relative to a reference, and the amount, if it says more."""
 
     value: float
-    text: str
+    amount: str = ""
 
 
 class Chart(NamedTuple):
@@ -31,39 +37,38 @@ class Chart(NamedTuple):
 
     Attributes:
       axis: what the values are.
+      reference: what they are relative to.
       panels: by title, group and series: ``panels[title][group][series]``.
     """
 
     axis: str
+    reference: str
     panels: dict[str, dict[str, dict[str, Bar]]]
 
 
 def train_step(report: Report) -> Chart:
-    """Returns the speed of training steps: a panel a model, at its first batch size."""
+    """Returns the speed of training steps: a group a variant, a bar a batch size."""
     panels: dict[str, dict[str, dict[str, Bar]]] = {}
-    first: dict[str, int] = {}
     for row in report["results"]:
-        model, batch_size = row["model"], row["batch_size"]
-        if row["ratio"] is None or first.setdefault(model, batch_size) != batch_size:
-            continue
-        if row["variant"] != "flax BN":
+        if row["ratio"] is not None and row["variant"] != "flax BN":
             speed = 1 / row["ratio"]
-            groups = panels.setdefault(f"{model}, batch {batch_size}", {})
-            groups[row["variant"]] = {"speed": Bar(speed, f"{speed:.2f}")}
-    return Chart("images a second relative to flax's BatchNorm: more is better", panels)
+            groups = panels.setdefault(row["model"], {})
+            bars = groups.setdefault(row["variant"], {})
+            bars[f"batch {row['batch_size']}"] = Bar(speed)
+    axis = "images a second, relative to flax's BatchNorm: more is better"
+    return Chart(axis, "flax BN", panels)
 
 
 def block(report: Report) -> Chart:
-    """Returns each norm's own cost: a group a layer, a bar a variant."""
+    """Returns the time of whole blocks: a group a layer, a bar a variant."""
     groups: dict[str, dict[str, Bar]] = {}
     for row in report["results"]:
-        cost = row["own_ratio"]
-        if row["variant"] not in ("flax", "conv") and cost is not None:
+        if row["variant"] != "flax":
             bars = groups.setdefault(row["layer"].removeprefix("resnet50-"), {})
-            bars[row["variant"]] = Bar(cost, f"{cost:.2f}")
-    axis = "time that the norm adds to the convolution, relative to flax's BatchNorm"
-    panels = {"blocks of ResNet-50": groups} if groups else {}
-    return Chart(f"{axis}: less is better", panels)
+            name = "no norm" if row["variant"] == "conv" else row["variant"]
+            bars[name] = Bar(row["ratio"])
+    axis = "time of a block, relative to that with flax's BatchNorm: less is better"
+    return Chart(axis, "flax BN", {"blocks of ResNet-50": groups} if groups else {})
 
 
 def traffic(report: Report) -> Chart:
@@ -74,20 +79,45 @@ def traffic(report: Report) -> Chart:
         case = f"{row['model']} on {row['target']}, batch {row['batch_size']}"
         if row["variant"] == "flax BN":
             flax[case] = row
-        elif case in flax:
-            bars = {
-                name: Bar(row[key] / flax[case][key], f"{row[key] / 1e9:.1f} GB")
-                for name, key in _TRAFFIC.items()
-                if row[key] and flax[case][key]
-            }
-            panels.setdefault(case, {})[row["variant"]] = bars
-    return Chart("relative to flax's BatchNorm: less is better", panels)
+        if case not in flax:
+            continue
+        bars = {}
+        for name, key in _TRAFFIC.items():
+            if row[key] and flax[case][key]:
+                ratio = row[key] / flax[case][key]
+                bars[name] = Bar(ratio, f"{row[key] / 1e9:.1f} GB")
+        panels.setdefault(case, {})[row["variant"]] = bars
+    axis = (
+        "of one training step as compiled, relative to flax's BatchNorm: less is better"
+    )
+    return Chart(axis, "flax BN", panels)
+
+
+def scaling(report: Report) -> Chart:
+    """Returns what the most devices send, of networks large enough to say something."""
+    panels: dict[str, dict[str, dict[str, Bar]]] = {}
+    most = max((row["devices"] for row in report["results"]), default=1)
+    without: dict[str, float] = {}
+    for row in report["results"]:
+        if row["devices"] != most or row["error"] or row["model"] == "resnet8":
+            continue
+        case = f"{row['model']} on {most} x {row['target']}"
+        method, _, way = row["variant"].rpartition(", ")
+        sent = without.setdefault(case, row["sent_bytes"])
+        if method != "no norm" and sent:
+            ratio = row["sent_bytes"] / sent
+            groups = panels.setdefault(case, {})
+            bars = groups.setdefault(method, {})
+            bars[_WAYS[way]] = Bar(ratio, f"{row['sent_bytes'] / 1e6:.0f} MB")
+    axis = "bytes that a device sends in a training step, relative to no norm"
+    return Chart(axis, "no norm", panels)
 
 
 CHARTS: dict[str, Callable[[Report], Chart]] = {
     "train_step": train_step,
     "block": block,
     "traffic": traffic,
+    "scaling": scaling,
 }
 
 
@@ -105,8 +135,6 @@ def draw(report: Report, prefix: str, folder: Path) -> None:
 
 
 def _drawing(report: Report) -> Draw | None:
-    if report["benchmark"] == "scaling" and scaling_chart.cases(report):
-        return functools.partial(scaling_chart.figure, report)
     if report["benchmark"] == "noise":
         return functools.partial(noise_chart.figure, report)
     if report["benchmark"] in CHARTS:
@@ -126,17 +154,16 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
         len(panels), squeeze=False, sharex=True, height_ratios=heights
     )
     values = [bar.value for p in panels for bars in p.values() for bar in bars.values()]
-    low, high = min(0, *values), 1.05 * max(1, *values)
     for axes, (title, groups) in zip(grid[:, 0], chart.panels.items(), strict=True):
         for i, bars in enumerate(groups.values()):
-            for name, (value, text) in bars.items():
+            for name, (value, amount) in bars.items():
                 number = series.index(name)
                 y = i + (number - (len(series) - 1) / 2) / slots
                 axes.barh(y, value, height=0.9 / slots, color=COLOURS[number])
                 axes.text(  # in a column of its own, where no bar or line is
                     1.01,
                     y,
-                    text,
+                    f"{value:.2f}\N{MULTIPLICATION SIGN}  {amount}",
                     transform=axes.get_yaxis_transform(),
                     va="center",
                     fontsize=8.5,
@@ -144,17 +171,21 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
                 )
         axes.axvline(1, color=ink, linestyle="--", linewidth=1)
         axes.set_yticks(range(len(groups)), list(groups), fontsize=9.5)
-        axes.set_xlim(max(low, -_CUT), min(high, _CUT))
+        axes.set_xlim(0, 1.05 * max(1, *values))
         axes.set_ylim(len(groups) - 0.5, -0.5)
+        for word, name in _NAMES.items():
+            title = title.replace(word, name)
         style_bars(axes, title, ink, soft)
     axes.set_xlabel(chart.axis, color=ink, fontsize=9.5)
-    handles: list[Any] = [Line2D([], [], color=ink, linestyle="--", label="flax BN")]
+    handles: list[Any] = [
+        Line2D([], [], color=ink, linestyle="--", label=chart.reference)
+    ]
     if len(series) > 1:
         handles += [Patch(color=COLOURS[i], label=n) for i, n in enumerate(series)]
     figure.legend(
         handles=handles,
-        loc="outside upper right",
-        ncols=len(handles),
+        loc="outside upper left",
+        ncols=3,
         frameon=False,
         labelcolor=ink,
         fontsize=9.5,
