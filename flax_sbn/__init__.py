@@ -8,9 +8,12 @@ The pure functions are here, the layers in :mod:`flax_sbn.linen` and
     sbn.linen.BatchNorm(sampler=sbn.FeatureSampling(1 / 64))
 """
 
+import warnings
+from typing import Any
+
 from flax_sbn import alternatives, linen, nnx, optim
 from flax_sbn.activation import fused_relu, relu
-from flax_sbn.augmentation import augment_batch, repeat_rows
+from flax_sbn.augmentation import augment_batch, repeat_examples
 from flax_sbn.folding import NormOptions, conv_norm, dense_norm, fold
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.modules.switching import SwitchedNorm, SwitchReport
@@ -70,7 +73,18 @@ __all__ = [
     "optim",
     "relu",
     "renormalize",
-    "repeat_rows",
+    "repeat_examples",
     "update_running",
     "virtual_samples",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "repeat_rows":
+        warnings.warn(
+            "flax_sbn.repeat_rows is now called repeat_examples.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return repeat_examples
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

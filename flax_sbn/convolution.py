@@ -1,7 +1,7 @@
 """A convolution's geometry: what of the input a part of the output needs.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``I`` input and ``C``
-output features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``I`` input and
+``C`` output features.
 """
 
 import dataclasses

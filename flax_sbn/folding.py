@@ -2,7 +2,7 @@
 
 Sampled statistics are those of a small part of the output, and a small part of the
 input is enough to compute it. So they are known before the layer itself runs, and
-normalizing costs no pass over its output. Letters in shapes: ``N`` rows, ``H W``
+normalizing costs no pass over its output. Letters in shapes: ``N`` images, ``H W``
 spatial axes (any number), ``I`` input and ``C`` output features.
 """
 
@@ -195,7 +195,7 @@ def conv_norm(
 
     Args:
       x: ``(N, *spatial, I)``, any floating dtype; several batch axes, or none, are
-        taken together as rows.
+        taken together as one.
       kernel: ``(*window, I / feature_group_count, C)``.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
@@ -244,7 +244,7 @@ def conv_norm(
         raise ValueError(
             "Expected an input (N, *spatial, I) and a kernel (*window, I, C) with one "
             f"extent for each spatial axis, got input of shape {x.shape} and kernel of "
-            f"shape {kernel.shape}. For inputs of rows and features take dense_norm."
+            f"shape {kernel.shape}. Inputs without spatial axes are for dense_norm."
         )
     check_input_features(x, kernel.shape[-2] * feature_group_count)
     batch = x.shape[: x.ndim - rank - 1]

@@ -1,6 +1,6 @@
 """Normalize everything with given statistics; batch norm, which measures them first.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features.
 """
 
 import dataclasses
@@ -122,7 +122,7 @@ def batch_norm(
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
-        holds the rows. Any real or complex dtype.
+        holds the images. Any real or complex dtype.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
       sampler: which positions are measured; None measures all: ordinary BN.

@@ -1,9 +1,9 @@
 """Which values are measured: the samplers.
 
-A sampler is geometry. Given the extent of the measured axes (rows first, then the
+A sampler is geometry. Given the extent of the measured axes (images first, then the
 spatial axes) and a random key, it says which positions to look at. It never sees
 values, so it applies alike to an activation and to its mask. Letters in shapes: ``N``
-rows, ``H W`` spatial axes (any number of them), ``C`` features.
+images, ``H W`` spatial axes (any number of them), ``C`` features.
 
 To add a sampler, write one frozen dataclass with ``needs_key`` and ``parts``.
 """
@@ -31,7 +31,7 @@ class Sampler(Protocol):
         """Whether the positions are random."""
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses the positions of measured axes of extent ``shape``, rows first."""
+        """Chooses the positions of measured axes of extent ``shape``, images first."""
 
 
 def needs_key(sampler: Sampler | None) -> bool:
@@ -73,7 +73,7 @@ def sampled_parts(
         return (EVERYTHING,)
     if not shape or math.prod(shape) == 0:
         raise ValueError(
-            "Expected an input with rows to sample from and no empty axis, got "
+            "Expected an input with images to sample from and no empty axis, got "
             f"measured axes of {shape=}. Leave empty batches out, or take sampler=None;"
             " is `axis` the feature axis?"
         )
@@ -94,7 +94,8 @@ def sampled_parts(
     if isinstance(count, int) and count < 2:  # not symbolic, as in an export
         raise ValueError(
             f"Expected at least 2 measured values per feature, got 1 from {sampler} on "
-            f"measured axes of {shape=}. Measure more rows, or pool devices: axis_name."
+            f"measured axes of {shape=}. Measure more images, or pool devices: "
+            "axis_name."
         )
     return parts
 
@@ -121,12 +122,12 @@ def num_measured(sampler: Sampler | None, shape: tuple[int, ...]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class NaiveSampling:
-    """Naive Sampling (NS): the last rows of the batch, the same in every layer.
+    """Naive Sampling (NS): the last images of the batch, the same in every layer.
 
     The paper's baseline. It shows why positions have to be drawn anew in each layer.
 
     Attributes:
-      num_samples: number of rows measured.
+      num_samples: number of images measured.
 
     Raises:
       ValueError: if ``num_samples`` is no positive int or exceeds the batch.
@@ -149,24 +150,24 @@ class NaiveSampling:
         positive_ints(self, "num_samples")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses the last ``num_samples`` rows."""
-        rows = stratum_rows(shape[0], 1, num_samples=self.num_samples)
-        return (Part(1.0, (_rows(shape, 1, rows - self.num_samples, rows),)),)
+        """Chooses the last ``num_samples`` images."""
+        images = stratum_images(shape[0], 1, num_samples=self.num_samples)
+        return (Part(1.0, (_images(shape, 1, images - self.num_samples, images),)),)
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSampling:
-    """Batch Sampling (BS): a contiguous run of rows at a random place.
+    """Batch Sampling (BS): a contiguous run of images at a random place.
 
-    The batch is tiled by runs of ``num_samples`` rows and one of them is measured, so
-    that every row is equally likely where ``num_samples`` divides the batch.
+    The batch is tiled by runs of ``num_samples`` images and one of them is measured, so
+    that every image is equally likely where ``num_samples`` divides the batch.
 
     Attributes:
-      num_samples: number of rows measured, in all strata together.
+      num_samples: number of images measured, in all strata together.
       strata: number of equal parts of the batch; each gives ``num_samples / strata``
-        rows at the same random offset. Take a stratum for each of several batches that
-        are concatenated, or one of them alone is measured. With one stratum a data
-        shard, no rows move between devices. Strata are ours, not the paper's.
+        images at the same random offset. Take a stratum for each of several batches
+        that are concatenated, or one of them alone is measured. With one stratum a data
+        shard, no images move between devices. Strata are ours, not the paper's.
 
     Raises:
       ValueError: if a number is no positive int, ``num_samples`` exceeds the batch, or
@@ -195,11 +196,11 @@ class BatchSampling:
         positive_ints(self, "num_samples", "strata")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses a run of rows at one random offset in every stratum."""
-        rows = stratum_rows(shape[0], self.strata, num_samples=self.num_samples)
+        """Chooses a run of images at one random offset in every stratum."""
+        images = stratum_images(shape[0], self.strata, num_samples=self.num_samples)
         size = self.num_samples // self.strata
         assert key is not None
-        (start,) = random_tiles(key, [rows], [size])
+        (start,) = random_tiles(key, [images], [size])
         sizes = (size, *shape[1:])
         starts = (start, *[0] * len(shape[1:]))
         return (Part(1.0, (Windows(self.strata, starts, sizes),)),)
@@ -219,11 +220,11 @@ class FeatureSampling:
       fraction: least share of the spatial extent that is measured, in (0, 1].
       min_values: least number of values per feature, as far as there are so many. Left
         aside while the batch size is unknown, as in an export for any batch size.
-      groups: the rows are split into the largest number of equal runs that is at most
+      groups: the images are split into the largest number of equal runs that is at most
         ``groups``, each with a patch of its own, all of them spread over the map; None
-        for a patch for every row. ``groups=1`` is the paper's FS, which lets the noise
-        of the one place into the statistics; groups, and ``min_values``, are ours. A
-        TPU gathers patches slowly: take :class:`LatticeSampling` there.
+        for a patch for every image. ``groups=1`` is the paper's FS, which lets the
+        noise of the one place into the statistics; groups, and ``min_values``, are
+        ours. A TPU gathers patches slowly: take :class:`LatticeSampling` there.
 
     Raises:
       TypeError: if ``fraction`` is no number.
@@ -262,37 +263,38 @@ class FeatureSampling:
             positive_ints(self, "groups")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses a patch for each group of rows."""
-        rows, *extent = shape
+        """Chooses a patch for each group of images."""
+        images, *extent = shape
         if not extent:
             raise ValueError(
                 f"Expected an input with spatial axes for {self}, got measured axes of "
                 f"{shape=}. Use LatticeSampling or BatchSampling for inputs without."
             )
         check_known(self, extent)
-        groups = rows if self.groups is None else self._runs(rows, self.groups)
-        sides = self._sides(rows, extent)
+        groups = images if self.groups is None else self._runs(images, self.groups)
+        sides = self._sides(images, extent)
         assert key is not None
         starts = random_tiles(key, extent, sides, groups if groups != 1 else None)
-        return (Part(1.0, (Windows(groups, (0, *starts), (rows // groups, *sides)),)),)
+        windows = Windows(groups, (0, *starts), (images // groups, *sides))
+        return (Part(1.0, (windows,)),)
 
-    def _runs(self, rows: int, most: int) -> int:
-        """Returns the largest number of equal runs of rows that is at most ``most``."""
-        if isinstance(rows, int):
-            return next(n for n in range(min(most, rows), 0, -1) if rows % n == 0)
-        if rows % most:
+    def _runs(self, images: int, most: int) -> int:
+        """Returns the largest number of equal runs of images, at most ``most``."""
+        if isinstance(images, int):
+            return next(n for n in range(min(most, images), 0, -1) if images % n == 0)
+        if images % most:
             raise ValueError(
                 f"Expected a batch size that is known to be divisible by groups={most},"
-                f" got batch size {rows}. Export with a symbolic batch size '{most}*b',"
-                " or with groups=None."
+                f" got batch size {images}. Export with a symbolic batch size "
+                f"'{most}*b', or with groups=None."
             )
         return most
 
-    def _sides(self, rows: int, extent: list[int]) -> list[int]:
+    def _sides(self, images: int, extent: list[int]) -> list[int]:
         """Returns the patch's sides: about the same share of each axis."""
         share = self.fraction
-        if isinstance(rows, int):
-            share = max(share, self.min_values / (rows * math.prod(extent)))
+        if isinstance(images, int):
+            share = max(share, self.min_values / (images * math.prod(extent)))
         share = min(1.0, share)
         sides = list(extent)
         # Shortest axis first: what rounding up adds there, the longer ones save.
@@ -306,23 +308,23 @@ class FeatureSampling:
 
 @dataclasses.dataclass(frozen=True)
 class CopySampling:
-    """One copy of each row, where the batch holds several: batch augmentation.
+    """One copy of each image, where the batch holds several: batch augmentation.
 
-    The batch consists of runs of ``num_copies`` rows, as :func:`flax_sbn.augment_batch`
-    makes them. Of each run one row is measured in its whole extent, drawn independently
-    of the other runs. Copies of one image resemble each other: the others would add
-    little to what the one says.
+    The batch consists of runs of ``num_copies`` images, as
+    :func:`flax_sbn.augment_batch` makes them. Of each run one image is measured in its
+    whole extent, drawn independently of the other runs. Copies of one image resemble
+    each other: the others would add little to what the one says.
 
     Attributes:
-      num_copies: number of copies of each row.
+      num_copies: number of copies of each image.
 
     Raises:
       ValueError: if ``num_copies`` is no positive int or does not divide the batch.
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from flax_sbn import CopySampling, batch_statistics, repeat_rows
-      >>> x = repeat_rows(jnp.array([[1.0], [3.0], [5.0]]), 2)
+      >>> from flax_sbn import CopySampling, batch_statistics, repeat_examples
+      >>> x = repeat_examples(jnp.array([[1.0], [3.0], [5.0]]), 2)
       >>> batch_statistics(x, sampler=CopySampling(2), key=jax.random.key(0)).mean
       Array([3.], dtype=float32)
 
@@ -338,15 +340,15 @@ class CopySampling:
         positive_ints(self, "num_copies")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses a row of every run of copies."""
-        rows, *extent = shape
-        if rows % self.num_copies:
+        """Chooses an image of every run of copies."""
+        images, *extent = shape
+        if images % self.num_copies:
             raise ValueError(
                 "Expected batch size divisible by num_copies, got "
-                f"num_copies={self.num_copies} and batch size {rows}. Make the batch "
+                f"num_copies={self.num_copies} and batch size {images}. Make the batch "
                 f"with augment_batch(augment, key, x, {self.num_copies})."
             )
-        runs = rows // self.num_copies
+        runs = images // self.num_copies
         assert key is not None
         chosen = jax.random.bits(key, (runs,), jnp.uint32) % np.uint32(self.num_copies)
         # Not computed again by all that read it.
@@ -357,17 +359,17 @@ class CopySampling:
 
 @dataclasses.dataclass(frozen=True)
 class VirtualSampling:
-    """Virtual Dataset Normalization (VDN): measures virtual rows only.
+    """Virtual Dataset Normalization (VDN): measures virtual images only.
 
-    The virtual rows come from :func:`flax_sbn.append_virtual` at the network's input
+    The virtual images come from :func:`flax_sbn.append_virtual` at the network's input
     and leave by :func:`flax_sbn.drop_virtual` before the loss. Without them this
-    measures the last rows of the data, as Naive Sampling does.
+    measures the last images of the data, as Naive Sampling does.
 
     Attributes:
-      num_virtual: number of virtual rows, in all strata together.
+      num_virtual: number of virtual images, in all strata together.
       strata: number of equal parts of the batch, each of which ends with
-        ``num_virtual / strata`` virtual rows. With one part a data shard, no rows move
-        between devices.
+        ``num_virtual / strata`` virtual images. With one part a data shard, no images
+        move between devices.
 
     Raises:
       ValueError: if a number is no positive int, ``num_virtual`` exceeds the batch, or
@@ -392,22 +394,22 @@ class VirtualSampling:
         positive_ints(self, "num_virtual", "strata")
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses the last rows of every stratum."""
+        """Chooses the last images of every stratum."""
         return (Part(1.0, (self.split(shape)[1],)),)
 
     def split(self, shape: tuple[int, ...]) -> tuple[Windows, Windows]:
-        """Returns the windows of the real and of the virtual rows."""
-        rows = stratum_rows(shape[0], self.strata, num_virtual=self.num_virtual)
-        border = rows - self.num_virtual // self.strata
+        """Returns the windows of the real and of the virtual images."""
+        images = stratum_images(shape[0], self.strata, num_virtual=self.num_virtual)
+        border = images - self.num_virtual // self.strata
         return (
-            _rows(shape, self.strata, 0, border),
-            _rows(shape, self.strata, border, rows),
+            _images(shape, self.strata, 0, border),
+            _images(shape, self.strata, border, images),
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class MixedSampling:
-    r"""Real and virtual rows mixed: FS+VDN, BS+VDN.
+    r"""Real and virtual images mixed: FS+VDN, BS+VDN.
 
     With weight ``w`` on the virtual part, the statistics are those of the mixed
     population:
@@ -417,13 +419,13 @@ class MixedSampling:
       v = w v_v + (1 - w) v_r + w (1 - w) |\mu_v - \mu_r|^2
 
     Attributes:
-      real: sampler of the real rows, which are all that it sees.
-      virtual: the virtual rows.
+      real: sampler of the real images, which are all that it sees.
+      virtual: the virtual images.
       virtual_weight: the weight ``w`` in [0, 1]. The paper mixes in a fixed proportion
         that it does not state; mixing moments with 0.5 is our formulation.
 
     Raises:
-      TypeError: if ``real`` is no sampler of rows, ``virtual`` no VirtualSampling, or
+      TypeError: if ``real`` is no sampler of images, ``virtual`` no VirtualSampling, or
         ``virtual_weight`` no number.
       ValueError: if ``virtual_weight`` is outside [0, 1], or as the two samplers do.
 
@@ -441,7 +443,7 @@ class MixedSampling:
 
     @property
     def needs_key(self) -> bool:
-        """Whether the positions among the real rows are random."""
+        """Whether the positions among the real images are random."""
         return needs_key(self.real)
 
     def __post_init__(self) -> None:
@@ -452,7 +454,7 @@ class MixedSampling:
             )
         if isinstance(self.real, VirtualSampling | MixedSampling | None):
             raise TypeError(
-                f"Expected real to be a sampler of real rows, got real={self.real!r}. "
+                f"Expected real to be a sampler of the images, got real={self.real!r}. "
                 "Use FeatureSampling or BatchSampling."
             )
         needs_key(self.real)
@@ -464,14 +466,14 @@ class MixedSampling:
             )
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
-        """Chooses the virtual rows, and the real sampler's positions in the others."""
+        """Chooses the virtual images, and positions in the others."""
         real, virtual = self.virtual.split(shape)
         seen = real.sampled_shape(shape)
         if seen[0] < 1:
             raise ValueError(
                 f"Expected num_virtual < batch size for {self}, got "
                 f"num_virtual={self.virtual.num_virtual} and batch size {shape[0]}. "
-                "Append the virtual rows to the data: append_virtual(x, virtual)."
+                "Append the virtual images to the data: append_virtual(x, virtual)."
             )
         w = self.virtual_weight
         return (
@@ -483,29 +485,30 @@ class MixedSampling:
         )
 
 
-def stratum_rows(rows: int, strata: int, **sample: int) -> int:
-    """Returns the rows of one of ``strata`` equal parts of a batch.
+def stratum_images(images: int, strata: int, **sample: int) -> int:
+    """Returns the images of one of ``strata`` equal parts of a batch.
 
     Args:
-      rows: rows of the batch.
+      images: images of the batch.
       strata: number of parts.
-      **sample: the number of sampled rows, under the name by which the user gave it.
+      **sample: the number of sampled images, under the name by which the user gave it.
 
     Raises:
       ValueError: if the sample exceeds the batch, or either cannot be divided.
     """
     ((name, count),) = sample.items()
-    if count > rows:
+    if count > images:
         raise ValueError(
-            f"Expected {name} <= batch size, got {name}={count} and batch size {rows}. "
+            f"Expected {name} <= batch size, got {name}={count} and batch size "
+            f"{images}. "
             f"Use a smaller {name}, or sampler=None to measure the whole batch."
         )
-    if rows % strata or count % strata:
+    if images % strata or count % strata:
         raise ValueError(
             f"Expected batch size and {name} divisible by strata, got {strata=}, "
-            f"{name}={count} and batch size {rows}. Choose strata that divide both."
+            f"{name}={count} and batch size {images}. Choose strata that divide both."
         )
-    return rows // strata
+    return images // strata
 
 
 def check_known(sampler: Sampler, extent: Sequence[int]) -> None:
@@ -517,7 +520,7 @@ def check_known(sampler: Sampler, extent: Sequence[int]) -> None:
         )
 
 
-def _rows(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows:
-    """Returns rows ``start`` to ``stop`` of every stratum, in their whole extent."""
+def _images(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows:
+    """Returns images ``start`` to ``stop`` of every stratum, in their whole extent."""
     spatial = shape[1:]
     return Windows(strata, (start, *[0] * len(spatial)), (stop - start, *spatial))

@@ -1,6 +1,6 @@
 """Mean and variance of a batch, or of a sample of it; mixing and running averages.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ Measure = Callable[[jax.Array, tuple[int, ...], jax.Array | None, bool | None], 
 
 
 def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
-    """Returns all axes but the feature axes, ascending: rows first, then spatial ones.
+    """Returns all axes but the feature axes, ascending: the batch first.
 
     Args:
       ndim: rank of the input.
@@ -137,7 +137,7 @@ def batch_statistics(
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
-        holds the rows. Any real or complex dtype; measured in float32 or wider.
+        holds the images. Any real or complex dtype; measured in float32 or wider.
       sampler: which positions are measured; None measures all of them.
       key: random key, for samplers that draw positions.
       axis: the feature axis or axes.
@@ -505,14 +505,14 @@ def pool_over_devices(
     because :math:`E|m|^2 - |E m|^2` cancels where the mean is large.
     """
     origin = 0.0 if running is None else lax.stop_gradient(running.mean)
-    rows = []
+    terms = []
     for count, mean, var in moments:
         mean = mean - origin
-        rows += [count, count * mean, count * var, count * _abs_square(mean)]
-    sums = lax.psum(jnp.stack(rows), axis_name, axis_index_groups=axis_index_groups)
+        terms += [count, count * mean, count * var, count * _abs_square(mean)]
+    sums = lax.psum(jnp.stack(terms), axis_name, axis_index_groups=axis_index_groups)
 
     pooled = []
-    for i in range(0, len(rows), len(Moments._fields) + 1):
+    for i in range(0, len(terms), len(Moments._fields) + 1):
         count, var, square = (sums[j].real for j in (i, i + 2, i + 3))
         divisor = jnp.maximum(count, 1)
         mean = sums[i + 1] / divisor

@@ -1,6 +1,7 @@
-"""Virtual rows: drawn, appended at the network's input, dropped before the loss.
+"""Virtual images: drawn, appended at the network's input, dropped before the loss.
 
-Letters in shapes: ``N`` real rows, ``V`` virtual rows, ``...`` the shape of one row.
+Letters in shapes: ``N`` real images, ``V`` virtual images, ``...`` the shape of one
+image.
 """
 
 from collections.abc import Sequence
@@ -21,18 +22,18 @@ def virtual_samples(
     std: ArrayLike = 1.0,
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    r"""Draws virtual rows of independent Gaussian noise.
+    r"""Draws virtual images of independent Gaussian noise.
 
     .. math::
       x_v \sim \mathcal{N}(\mathit{mean}, \mathit{std}^2)
 
     The same key in every step gives a fixed virtual data set, which is better; a new
-    key gives fresh rows.
+    key gives fresh images.
 
     Args:
       key: random key.
-      num_virtual: number of rows ``V``.
-      shape: shape of one row, without the batch axis.
+      num_virtual: number of images ``V``.
+      shape: shape of one image, without the batch axis.
       mean: mean of the training data after its scaling; broadcasts to ``shape``, so
         that ``(C,)`` gives one for each channel.
       std: its standard deviation, likewise.
@@ -54,34 +55,34 @@ def virtual_samples(
     not state the distribution: Gaussian noise is our formulation.
     """
     shape = tuple(shape)
-    of_row = []
+    of_image = []
     for name, value in (("mean", mean), ("std", std)):
         try:
-            of_row.append(jnp.broadcast_to(jnp.asarray(value), shape)[None])
+            of_image.append(jnp.broadcast_to(jnp.asarray(value), shape)[None])
         except ValueError:
             raise ValueError(
-                f"Expected {name} to broadcast to a row of {shape=}, got {name} of "
+                f"Expected {name} to broadcast to an image of {shape=}, got {name} of "
                 f"shape {jnp.shape(value)}. Give a scalar, or one value per feature."
             ) from None
     noise = jax.random.normal(key, (num_virtual, *shape), dtype)
-    return (of_row[0] + of_row[1] * noise).astype(dtype)
+    return (of_image[0] + of_image[1] * noise).astype(dtype)
 
 
 def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Array:
-    """Appends virtual rows to every stratum of the batch.
+    """Appends virtual images to every stratum of the batch.
 
     Args:
-      x: real rows, ``(N, ...)``.
-      virtual: virtual rows, ``(V, ...)``; cast to the dtype of ``x``.
-      strata: number of equal parts of the batch; each gets ``V / strata`` rows behind
-        its ``N / strata``. With one part a data shard, no rows move between devices.
+      x: real images, ``(N, ...)``.
+      virtual: virtual images, ``(V, ...)``; cast to the dtype of ``x``.
+      strata: number of equal parts of the batch; each gets ``V / strata`` images behind
+        its ``N / strata``. With one part a data shard, no images move between devices.
 
     Returns:
       ``(N + V, ...)``, to be measured by ``VirtualSampling(V, strata)``.
 
     Raises:
-      ValueError: if the rows differ in shape, ``strata`` does not divide both numbers,
-        or rows of numbers would be cast to integers.
+      ValueError: if the images differ in shape, ``strata`` does not divide both
+        numbers, or images of numbers would be cast to integers.
 
     Example:
       >>> import jax.numpy as jnp
@@ -94,7 +95,7 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
     x, virtual = jnp.asarray(x), jnp.asarray(virtual)
     if x.ndim == 0 or virtual.shape[1:] != x.shape[1:] or virtual.ndim != x.ndim:
         raise ValueError(
-            "Expected virtual rows of the shape of the batch's, got virtual of shape "
+            "Expected virtual images of the shape of the batch's, got virtual of shape "
             f"{virtual.shape} and a batch of shape {x.shape}. "
             f"Use virtual_samples(key, n, {x.shape[1:]})."
         )
@@ -102,13 +103,13 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
         x.dtype, jnp.inexact
     ):
         raise ValueError(
-            f"Expected a batch of floating dtype, got {x.dtype} and virtual rows of "
+            f"Expected a batch of floating dtype, got {x.dtype} and virtual images of "
             f"{virtual.dtype}. Scale the input to floats before appending to it."
         )
     if strata < 1 or x.shape[0] % strata or virtual.shape[0] % strata:
         raise ValueError(
-            f"Expected real and virtual rows divisible by strata, got {strata=}, "
-            f"{x.shape[0]} real and {virtual.shape[0]} virtual rows. "
+            f"Expected real and virtual images divisible by strata, got {strata=}, "
+            f"{x.shape[0]} real and {virtual.shape[0]} virtual images. "
             "Choose strata that divide both."
         )
 
@@ -121,18 +122,18 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
 
 
 def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
-    """Drops the virtual rows again: the inverse of :func:`append_virtual`.
+    """Drops the virtual images again: the inverse of :func:`append_virtual`.
 
     Args:
       y: ``(N + V, ...)``, such as the network's output.
-      num_virtual: the number of virtual rows ``V``; with 0 nothing is dropped.
+      num_virtual: the number of virtual images ``V``; with 0 nothing is dropped.
       strata: as given to :func:`append_virtual`.
 
     Returns:
-      The real rows, ``(N, ...)``.
+      The real images, ``(N, ...)``.
 
     Raises:
-      ValueError: if there are fewer rows than ``num_virtual``, or ``strata`` does not
+      ValueError: if there are fewer images than ``num_virtual``, or ``strata`` does not
         divide both numbers.
 
     Example:
@@ -147,7 +148,7 @@ def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
     if num_virtual == 0:
         return y
     real, _ = VirtualSampling(num_virtual, strata).split(y.shape)
-    rows: jax.Array = laid_out_by_xla(
+    images: jax.Array = laid_out_by_xla(
         lambda y: real.take(y, range(y.ndim)), y, like_x=True
     )
-    return rows
+    return images

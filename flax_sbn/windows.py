@@ -1,8 +1,8 @@
 """Blocks of positions, and how to take them out of an array.
 
 Samplers answer in these terms; statistics, and whatever else needs the measured values,
-read them through :meth:`Part.take`. Letters in shapes: ``N`` rows, ``H W`` spatial axes
-(any number of them), ``C`` features.
+read them through :meth:`Part.take`. Letters in shapes: ``N`` images, ``H W`` spatial
+axes (any number of them), ``C`` features.
 """
 
 import dataclasses
@@ -24,13 +24,14 @@ Start = int | jax.Array
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Equal blocks of positions, one in each of ``runs`` equal runs of rows.
+    """Equal blocks of positions, one in each of ``runs`` equal runs of images.
 
     Attributes:
-      runs: number of equal, contiguous runs that the rows are split into.
-      starts: first position of the block on each axis, ``(N, *spatial)``, rows counted
-        from the beginning of the run: an int, a scalar array, or one entry a run. Only
-        with one entry a run may a block stick out of the array: zeros are read there.
+      runs: number of equal, contiguous runs that the images are split into.
+      starts: first position of the block on each axis, ``(N, *spatial)``, images
+        counted from the beginning of the run: an int, a scalar array, or one entry a
+        run. Only with one entry a run may a block stick out of the array: zeros are
+        read there.
       sizes: extent of every block on each axis.
     """
 
@@ -43,20 +44,20 @@ class Windows:
         return (self.runs * self.sizes[0], *self.sizes[1:])
 
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """Returns the blocks, one after the other along the rows.
+        """Returns the blocks, one after the other along the images.
 
         Args:
-          x: an array whose axes ``axes`` (ascending, rows first) are those of the
+          x: an array whose axes ``axes`` (ascending, images first) are those of the
             windows.
           axes: the measured axes of ``x``.
 
         Returns:
           An array with the rank and axis order of ``x``.
         """
-        rows = axes[0]
-        before, after = x.shape[:rows], x.shape[rows + 1 :]
-        x = x.reshape(*before, self.runs, x.shape[rows] // self.runs, *after)
-        # Axis `rows` now counts runs, and each measured axis has moved up by one.
+        batch = axes[0]
+        before, after = x.shape[:batch], x.shape[batch + 1 :]
+        x = x.reshape(*before, self.runs, x.shape[batch] // self.runs, *after)
+        # Axis `batch` now counts runs, and each measured axis has moved up by one.
         starts: list[Start] = [0] * x.ndim
         sizes = list(x.shape)
         scattered: list[tuple[int, jax.Array, int]] = []
@@ -69,11 +70,11 @@ class Windows:
         blocks = _slice(x, starts, sizes)
         if scattered:
             along, each, extents = zip(*scattered, strict=True)
-            blocks = jnp.moveaxis(blocks, rows, 0)  # axes after the rows stay
+            blocks = jnp.moveaxis(blocks, batch, 0)  # axes after it stay
             blocks = batched_slice(blocks, each, along, extents)
-            blocks = jnp.moveaxis(blocks, 0, rows)
+            blocks = jnp.moveaxis(blocks, 0, batch)
         return blocks.reshape(
-            *before, self.runs * self.sizes[0], *blocks.shape[rows + 2 :]
+            *before, self.runs * self.sizes[0], *blocks.shape[batch + 2 :]
         )
 
     def below(self, x: jax.Array) -> jax.Array:

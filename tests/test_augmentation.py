@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-from flax_sbn import augment_batch, repeat_rows
+from flax_sbn import augment_batch, repeat_examples
 from tests import cases
 from tests.closeness import assert_close
 from tests.teaching import message_while_tracing
@@ -31,7 +31,7 @@ def test_copies_of_a_row_are_next_to_each_other_and_augmented_each_on_its_own(
     x = cases.inputs(SHAPE)
     y = augment_batch(noisy, KEY, x, num_copies)
     chex.assert_shape(y, (6 * num_copies, *SHAPE[1:]))
-    noise = np.asarray(y - repeat_rows(x, num_copies)).reshape(len(y), -1)
+    noise = np.asarray(y - repeat_examples(x, num_copies)).reshape(len(y), -1)
     # Standard normal, and no two alike: five standard errors.
     assert abs(noise.mean()) < 5 / noise.size**0.5
     assert abs(noise.var() - 1) < 5 * (2 / noise.size) ** 0.5
@@ -41,11 +41,11 @@ def test_copies_of_a_row_are_next_to_each_other_and_augmented_each_on_its_own(
 
 def test_unchanged_rows_are_repeated_rows():
     x = cases.inputs(SHAPE)
-    repeated = repeat_rows(x, 3)
+    repeated = repeat_examples(x, 3)
     chex.assert_trees_all_equal(augment_batch(unchanged, KEY, x, 3), repeated)
     for copy in range(3):
         chex.assert_trees_all_equal(repeated[copy::3], x)
-    chex.assert_trees_all_equal(repeat_rows(x, 1), x)
+    chex.assert_trees_all_equal(repeat_examples(x, 1), x)
 
 
 def test_the_key_alone_decides():
@@ -68,7 +68,7 @@ def test_trees_of_arrays_stay_together_and_rows_may_change_their_form():
 
     found = augment_batch(crop, KEY, batch, 4)
     chex.assert_shape(found["image"], (24, 2, 4, 3))
-    again = repeat_rows(batch, 4)
+    again = repeat_examples(batch, 4)
     assert set(found["start"].tolist()) == {0, 1, 2}
     for i, start in enumerate(found["start"]):
         expected = again["image"][i, start : start + 2]
@@ -91,7 +91,7 @@ def test_the_gradient_is_that_of_as_many_batches_accumulated(norm, x64):
             y = sbn.normalize(y, statistics)
         return ((jnp.tanh(y).mean((1, 2)) @ out - labels) ** 2).mean()
 
-    y, repeated = augment_batch(noisy, KEY, x, 3), repeat_rows(labels, 3)
+    y, repeated = augment_batch(noisy, KEY, x, 3), repeat_examples(labels, 3)
     gradient = jax.jit(jax.grad(loss))
     accumulated = [gradient(weights, y[copy::3], labels) for copy in range(3)]
     actual = gradient(weights, y, repeated)
@@ -100,7 +100,7 @@ def test_the_gradient_is_that_of_as_many_batches_accumulated(norm, x64):
 
 def test_one_copy_of_each_says_what_all_copies_say_where_they_are_equal():
     x = cases.inputs((16, 4, 4, 3))
-    y = repeat_rows(x, 4)
+    y = repeat_examples(x, 4)
     expected = sbn.batch_statistics(x)
     copies = sbn.batch_statistics(y, sampler=sbn.CopySampling(4), key=KEY)
     chex.assert_trees_all_close(copies, expected, rtol=1e-5)
@@ -141,18 +141,18 @@ def test_one_copy_of_each_errs_less_than_a_run_of_as_many_rows():
 
 ERRORS = {
     "copies": (lambda x: augment_batch(unchanged, KEY, x, 0), "num_copies=0", ">= 1"),
-    "repeats": (lambda x: repeat_rows(x, 2.0), "num_copies=2.0", "an int >= 1"),
+    "repeats": (lambda x: repeat_examples(x, 2.0), "num_copies=2.0", "an int >= 1"),
     "rows": (
         lambda x: augment_batch(unchanged, KEY, {"x": x, "y": x[1:]}, 2),
         "shapes=[(6, 4, 4, 3), (5, 4, 4, 3)]",
         "first axis",
     ),
     "scalar": (
-        lambda x: repeat_rows([x[0, 0, 0, 0]], 2),
+        lambda x: repeat_examples([x[0, 0, 0, 0]], 2),
         "shapes=[()]",
-        "rows as first axis",
+        "examples as first axis",
     ),
-    "nothing": (lambda x: repeat_rows({}, 2), "shapes=[]", "rows as first axis"),
+    "nothing": (lambda x: repeat_examples({}, 2), "shapes=[]", "as first axis"),
     "sampler": (lambda x: sbn.CopySampling(0), "num_copies=0", "an int >= 1"),
     "sampled-rows": (
         lambda x: sbn.batch_norm(x, sampler=sbn.CopySampling(4), key=KEY),
@@ -172,3 +172,8 @@ def test_errors_say_what_was_given_and_how_to_mend_it(name):
     call, given, fix = ERRORS[name]
     message = message_while_tracing(SHAPE, call, ValueError, given, fix)
     assert message.startswith("Expected")
+
+
+def test_the_old_name_warns():
+    with pytest.warns(DeprecationWarning, match="repeat_examples"):
+        assert sbn.repeat_rows is repeat_examples

@@ -60,9 +60,9 @@ ERRORS = {
     "bs-strata": (ROWS, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
     "bs-sample": (ROWS, measure(BS(6, 4)), ValueError, "num_samples=6", "divide both"),
     "vdn-strata": (ROWS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
-    "one-value": (ROWS, measure(NS(1)), ValueError, "got 1 from", "more rows"),
-    "one-row": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more rows"),
-    "one-pixel": ((1, 1, 1, 3), measure(Lattice()), ValueError, "got 1", "more rows"),
+    "one-value": (ROWS, measure(NS(1)), ValueError, "got 1 from", "more images"),
+    "one-row": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more images"),
+    "one-pixel": ((1, 1, 1, 3), measure(Lattice()), ValueError, "got 1", "more images"),
     "no-map": (
         (8, 4, 0, 3),
         measure(Lattice()),
@@ -344,7 +344,7 @@ ERRORS = {
         ROWS,
         lambda x: sbn.virtual_samples(KEY, 2, (4, 4, 3), mean=jnp.ones(4)),
         ValueError,
-        "row of shape=(4, 4, 3), got mean of shape (4,)",
+        "image of shape=(4, 4, 3), got mean of shape (4,)",
         "one value per feature",
     ),
 }
@@ -358,7 +358,9 @@ def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
 
 
 def test_virtual_floats_are_not_cast_to_a_batch_of_integers():
-    with pytest.raises(ValueError, match=r"uint8 and virtual rows of float32\. Scale"):
+    with pytest.raises(
+        ValueError, match=r"virtual images of float32\. Scale"
+    ):
         sbn.append_virtual(jnp.ones(ROWS, "uint8"), jnp.ones(ROWS))
 
 

@@ -156,7 +156,7 @@ def with_virtual(x):
 
 
 def repeated(x):
-    return sbn.repeat_rows(x, 2)
+    return sbn.repeat_examples(x, 2)
 
 
 @pytest.mark.parametrize("rows", [with_virtual, repeated])

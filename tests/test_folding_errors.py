@@ -92,7 +92,7 @@ ERRORS = {
         dense(sampler=sbn.NaiveSampling(1)),
         ValueError,
         "got 1 from",
-        "more rows",
+        "more images",
     ),
     "no-output": (
         (8, 2, 2, 3),

@@ -256,8 +256,8 @@ class Trainer:
         if self.settings.augment:
             images = sbn.augment_batch(crop_and_flip, keys[1], images, copies)
         else:
-            images = sbn.repeat_rows(images, copies)
-        labels = sbn.repeat_rows(labels, copies)
+            images = sbn.repeat_examples(images, copies)
+        labels = sbn.repeat_examples(labels, copies)
         model, totals = self.learner.update(
             state.model, images, labels, keys[2], keys[3]
         )

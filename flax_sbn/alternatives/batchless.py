@@ -1,6 +1,6 @@
 """Batchless normalization: mean and scale are parameters, learned by a likelihood.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features.
 """
 
 import math
@@ -40,8 +40,8 @@ def batchless_norm(
       y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}}
           + \mathit{bias}
 
-    No gradient goes to :math:`\mu` and :math:`\rho`. Rows do not meet: training and
-    inference are the same, a batch may be a single row, and the gradients of
+    No gradient goes to :math:`\mu` and :math:`\rho`. Images do not meet: training and
+    inference are the same, a batch may be a single image, and the gradients of
     micro-batches of equal size average to that of the whole batch.
 
     Args:
@@ -100,7 +100,7 @@ def batchless_nll(
 ) -> jax.Array:
     r"""Returns the Gaussian negative log-likelihood that mean and scale are learned by.
 
-    The mean over rows and positions, summed over features, without its constant:
+    The mean over images and positions, summed over features, without its constant:
 
     .. math::
       \begin{aligned}
@@ -175,7 +175,7 @@ def batchless_init(
 
     :math:`\mu = E[x]` and :math:`\rho = \frac{1}{2} \log \mathrm{Var}[x]`, so that
     :func:`batchless_norm` starts as batch normalization. A feature whose variance is at
-    most ``epsilon`` says nothing about its scale (a single row, an array of zeros, a
+    most ``epsilon`` says nothing about its scale (a single image, an array of zeros, a
     ReLU that is off): it starts with :math:`\rho = 0`.
 
     Args:

@@ -1,6 +1,6 @@
 """SHADE: a loss that keeps little of the input's entropy in a unit's activation.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def shade(
 
     The loss is the variance of the activation within a state, which bounds the
     entropy :math:`H(x \mid z)`: what the activation says beyond its bit. It is the mean
-    over rows and positions, summed over features, and so depends on neither the batch
+    over images and positions, summed over features, and so depends on neither the batch
     size nor the extent of a feature map:
 
     .. math::

@@ -1,6 +1,6 @@
 """Filter response normalization, and the thresholded linear unit that goes with it.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``C`` features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` features.
 """
 
 import jax
@@ -24,7 +24,7 @@ def filter_response_norm(
     epsilon: ArrayLike = 1e-6,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    r"""Divides every feature map by its root mean square, each row by itself.
+    r"""Divides every feature map by its root mean square, each image by itself.
 
     .. math::
       \begin{aligned}
@@ -32,13 +32,14 @@ def filter_response_norm(
       y &= \mathit{scale} \cdot \frac{x}{\sqrt{\nu^2 + |\epsilon|}} + \mathit{bias}
       \end{aligned}
 
-    Nothing is subtracted, no row sees another, and there is nothing to remember: it is
-    the same in training and evaluation, and for one row as for many. The activation
-    that follows is meant to be :func:`tlu`, because the values may be far from zero.
+    Nothing is subtracted, no image sees another, and there is nothing to remember: it
+    is the same in training and evaluation, and for one image as for many. The
+    activation that follows is meant to be :func:`tlu`, because the values may be far
+    from zero.
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
-        holds the rows. Any real dtype; measured in float32 or wider.
+        holds the images. Any real dtype; measured in float32 or wider.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
       axis: the feature axis or axes.

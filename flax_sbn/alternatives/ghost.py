@@ -1,4 +1,4 @@
-"""Ghost batch norm: groups of rows that are normalized separately."""
+"""Ghost batch norm: groups of images that are normalized separately."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ def ghost_batch_norm(
     running: Statistics | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Statistics]:
-    r"""Normalizes equal groups of consecutive rows, each with its own statistics.
+    r"""Normalizes equal groups of consecutive images, each with its own statistics.
 
     With :math:`x_1, \ldots, x_G` the groups:
 
@@ -50,7 +50,7 @@ def ghost_batch_norm(
       statistics, ``(C,)``, for the running ones: evaluation knows no groups.
 
     Raises:
-      ValueError: if the rows cannot be divided into the groups, and as
+      ValueError: if the images cannot be divided into the groups, and as
         :func:`flax_sbn.batch_norm`.
 
     Example:
@@ -74,14 +74,14 @@ def ghost_batch_norm(
     axes = reduction_axes(x.ndim, axis)
     if not axes:
         raise ValueError(
-            f"Expected an input with rows to make groups of, got {num_groups=} and an "
-            f"input of shape {x.shape}. Is `axis` the feature axis?"
+            f"Expected an input with images to make groups of, got {num_groups=} and "
+            f"an input of shape {x.shape}. Is `axis` the feature axis?"
         )
-    rows = axes[0]
-    if not 1 <= num_groups <= x.shape[rows] or x.shape[rows] % num_groups:
+    batch = axes[0]
+    if not 1 <= num_groups <= x.shape[batch] or x.shape[batch] % num_groups:
         raise ValueError(
             f"Expected groups that divide the batch size, got {num_groups=} and batch "
-            f"size {x.shape[rows]}. Change either."
+            f"size {x.shape[batch]}. Change either."
         )
 
     def norm_groups(
@@ -97,10 +97,10 @@ def ghost_batch_norm(
                 x, scale, bias, key=key, mask=mask, running=running, **options
             )
 
-        shape = (*x.shape[:rows], num_groups, -1, *x.shape[rows + 1 :])
+        shape = (*x.shape[:batch], num_groups, -1, *x.shape[batch + 1 :])
         keys = None if key is None else jax.random.split(key, num_groups)
         masks = None if mask is None else broadcast_mask(mask, x.shape).reshape(shape)
-        y, statistics = jax.vmap(norm, (rows, 0, rows), (rows, 0))(
+        y, statistics = jax.vmap(norm, (batch, 0, batch), (batch, 0))(
             x.reshape(shape), keys, masks
         )
         return y.reshape(x.shape), jax.tree.map(lambda each: each.mean(0), statistics)

@@ -1,7 +1,7 @@
 """Kalman normalization: statistics that one layer predicts for the next.
 
-Letters in shapes: ``N`` rows, ``H W`` spatial axes (any number), ``I`` input and ``C``
-output features.
+Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``I`` input and
+``C`` output features.
 """
 
 import math
@@ -51,8 +51,8 @@ def kalman_prior(
       key: random key.
       statistics: of the layer before, ``(I,)``.
       linear: the layer, a function of ``(N, *spatial, I)``.
-      shape: ``(N, *spatial, I)`` of the synthetic rows ``z``. With spatial axes one row
-        will do; without, ``N`` is the number of values.
+      shape: ``(N, *spatial, I)`` of the synthetic images ``z``. With spatial axes one
+        image will do; without, ``N`` is the number of values.
       activation: what lies between the layer before and this one; None for nothing.
       axis: the feature axis or axes of the output.
       axis_name: devices that pool their predictions; see
@@ -77,14 +77,14 @@ def kalman_prior(
       True
 
     Source: Wang et al., "Batch Kalman Normalization", arXiv 1802.03133; the rectified
-    Gaussian row is that of the authors' code. Several rows, and other activations, are
-    ours.
+    Gaussian image is that of the authors' code. Several images, and other activations,
+    are ours.
     """
     shape = tuple(shape)
     mean, var = statistics
     if mean.shape != shape[-1:] or var.shape != shape[-1:]:
         raise ValueError(
-            f"Expected statistics of shape {shape[-1:]} for synthetic rows of "
+            f"Expected statistics of shape {shape[-1:]} for synthetic images of "
             f"{shape=}, got mean of shape {mean.shape} and var of shape {var.shape}. "
             "Pass those of the layer before; where a sum changes the width, those of "
             "add_statistics; or None, to start anew."
@@ -98,7 +98,7 @@ def kalman_prior(
     if values < 2:
         raise ValueError(
             f"Expected at least 2 synthetic values per feature, got {values} from "
-            f"{shape=}. Draw more rows: num_virtual=64 for a dense layer."
+            f"{shape=}. Draw more images: num_virtual=64 for a dense layer."
         )
     return batch_statistics(
         y, axis=axis, axis_name=axis_name, axis_index_groups=axis_index_groups

@@ -82,7 +82,7 @@ def mixture_norm(
 ) -> tuple[jax.Array, Mixture]:
     r"""Fits a mixture to the batch, and normalizes each value by its components.
 
-    The points are the feature vectors at every row and position. Some steps of
+    The points are the feature vectors at every image and position. Some steps of
     expectation maximization, which start from the running mixture, give the posterior
     :math:`\nu_{ik}` of component :math:`k` for point :math:`i`. With
     :math:`n_k = \sum_i \nu_{ik}`:

@@ -25,7 +25,7 @@ def range_moments(
 ) -> Moments:
     r"""Measures the spread of every feature by its largest and smallest values.
 
-    The values of a feature, rows first, are split into 16 chunks of :math:`n`
+    The values of a feature, images first, are split into 16 chunks of :math:`n`
     consecutive ones; with the means over the chunks and :math:`\mu` the mean of all:
 
     .. math::
@@ -81,7 +81,7 @@ def range_moments(
         raise ValueError(
             "Expected two or more values per feature and num_chunks >= 1, got "
             f"{size} values and {num_chunks=}. The range of one value is zero: give "
-            "more rows, or a larger sample."
+            "more images, or a larger sample."
         )
     chunks = min(num_chunks, size // 2)
 

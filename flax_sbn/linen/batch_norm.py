@@ -55,7 +55,7 @@ class BatchNorm(nn.BatchNorm, Hooks):
       sampler: which positions are measured in training; None measures all of them.
       running_weight: how far a step's statistics are moved towards the running ones
         before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
-      ghost_groups: number of equal groups of rows that are normalized separately in
+      ghost_groups: number of equal groups of images that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
       rng_collection: name of the rng stream.
 

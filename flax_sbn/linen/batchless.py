@@ -32,7 +32,7 @@ class BatchlessNorm(nn.Module):
     computes the same and sows nothing.
 
     ``init`` sets both parameters to the statistics of the batch it is given, layer by
-    layer: give it real rows. A feature that does not vary in it, as in an array of
+    layer: give it real images. A feature that does not vary in it, as in an array of
     zeros, starts with a scale of one.
 
     Attributes:

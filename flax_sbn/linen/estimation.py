@@ -49,7 +49,7 @@ def estimate_statistics(
     :class:`BatchRenorm`). What the running statistics are made of is the whole batch,
     whatever the sampler and ``ghost_groups``. To normalize with the whole batch as
     well, pass the model with ``sampler=None``: its variables are the same. Do so after
-    training with virtual rows, which would be measured as any others.
+    training with virtual images, which would be measured as any others.
 
     Measured are :class:`flax.linen.BatchNorm`, :class:`BatchNorm` and all that derive
     from them, :class:`ConvNorm`, :class:`DenseNorm`, :class:`BNET` and :class:`IC`;

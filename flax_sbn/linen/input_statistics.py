@@ -28,7 +28,7 @@ def apply_with_inputs(
     inputs.
 
     The statistics carry no gradient. Each device of a ``shard_map`` measures its own
-    rows.
+    images.
 
     Args:
       module: whose ``apply`` is called.

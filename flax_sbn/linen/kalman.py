@@ -15,10 +15,10 @@ from flax_sbn.statistics import Statistics
 class KalmanNorm(nn.Module):
     r"""Kalman normalization: a layer that knows the statistics of the one before.
 
-    Statistics of a few rows are noisy. Those of the layer before, carried through this
-    one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
+    Statistics of a few images are noisy. Those of the layer before, carried through
+    this one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
     statistics handed on by the layer before, :math:`\mu, v` those of the batch and
-    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic row:
+    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic image:
 
     .. math::
       \mu_p, v_p = \mathrm{moments}\big(\mathrm{linear}(
@@ -36,7 +36,7 @@ class KalmanNorm(nn.Module):
 
     The two layers keep all their names and options. Their variables are those of a
     network that calls one after the other, so that checkpoints load either way. The
-    synthetic row is drawn from the rng stream of ``norm``, ``'sampling'``; nothing is
+    synthetic image is drawn from the rng stream of ``norm``, ``'sampling'``; nothing is
     drawn at evaluation and in ``init``.
 
     Attributes:
@@ -45,16 +45,16 @@ class KalmanNorm(nn.Module):
         paper's momentum is 0.9.
       prior_weight: share ``p`` of the prediction, in [0, 1]: the paper's is 0.9 for
         micro-batches, 0.05 for large ones.
-      num_virtual: number of synthetic rows. One is enough for a convolution; a dense
+      num_virtual: number of synthetic images. One is enough for a convolution; a dense
         layer needs many.
       input_activation: what lies between the layer before and this one, as the
-        synthetic rows have to pass it, too; None for nothing. ``x`` has passed it.
+        synthetic images have to pass it, too; None for nothing. ``x`` has passed it.
 
     Raises:
       TypeError: as :class:`flax_sbn.linen.BatchNorm`.
       ValueError: as there, and if the statistics are of another width than ``x``,
-        ``prior_weight`` is out of range, there are too few synthetic rows, ``norm`` has
-        ghost groups, or the rng stream is missing.
+        ``prior_weight`` is out of range, there are too few synthetic images, ``norm``
+        has ghost groups, or the rng stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -132,7 +132,7 @@ class KalmanNorm(nn.Module):
         prior = None
         if statistics is not None:
             prior = kalman_prior(
-                draw_key(self, norm.rng_collection, "synthetic rows"),
+                draw_key(self, norm.rng_collection, "synthetic images"),
                 statistics,
                 self.linear,
                 (self.num_virtual, *x.shape[1:]),

@@ -51,8 +51,8 @@ class MovingAverageBatchNorm(nn.Module):
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: devices that pool their averages.
-      window: how many steps are averaged over; times the rows of a step, the batch size
-        to be simulated.
+      window: how many steps are averaged over; times the images of a step, the batch
+        size to be simulated.
       warmup: steps before averages over the window are used.
       renorm_warmup: steps before :math:`r` is.
       r_max: limit of :math:`r`, at least 1.

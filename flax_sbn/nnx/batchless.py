@@ -144,7 +144,7 @@ def initialize_batchless(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
 
     Args:
       model: the network, or a layer.
-      *args: what it is called with: a batch of real rows.
+      *args: what it is called with: a batch of real images.
       **kwargs: likewise.
 
     Returns:

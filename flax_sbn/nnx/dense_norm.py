@@ -24,8 +24,8 @@ class DenseNorm(LinearNorm):
     Args:
       in_features: number of input features ``I``.
       out_features: number of output features ``C``.
-      sampler: which rows of the output are measured in training; None measures all of
-        them, and does not fold.
+      sampler: which examples are measured in training; None measures all of them, and
+        does not fold.
       activation: applied last, or None; see :class:`ConvNorm`.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
         :class:`BatchRenorm`; further options of it with :func:`functools.partial`.

@@ -25,7 +25,7 @@ def call_with_inputs(
     norm (not from outside of the ``jit`` or ``grad`` that traces the call).
 
     The statistics carry no gradient. Each device of a ``shard_map`` measures its own
-    rows.
+    images.
 
     Args:
       model: what is called.

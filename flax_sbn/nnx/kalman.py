@@ -16,10 +16,10 @@ from flax_sbn.statistics import Statistics
 class KalmanNorm(nnx.Module):
     r"""Kalman normalization: a layer that knows the statistics of the one before.
 
-    Statistics of a few rows are noisy. Those of the layer before, carried through this
-    one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
+    Statistics of a few images are noisy. Those of the layer before, carried through
+    this one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
     statistics handed on by the layer before, :math:`\mu, v` those of the batch and
-    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic row:
+    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic image:
 
     .. math::
       \mu_p, v_p = \mathrm{moments}\big(\mathrm{linear}(
@@ -33,7 +33,7 @@ class KalmanNorm(nnx.Module):
     :math:`\mu', v'` are handed on, and averaged for evaluation. See
     :func:`flax_sbn.alternatives.kalman_update` for where the prediction is left out.
 
-    The two layers are the attributes ``linear`` and ``norm``. The synthetic row is
+    The two layers are the attributes ``linear`` and ``norm``. The synthetic image is
     drawn from the rng stream of ``norm``, ``'sampling'``, forked from ``rngs`` when the
     layer is made; nothing is drawn at evaluation.
 
@@ -43,17 +43,17 @@ class KalmanNorm(nnx.Module):
         paper's momentum is 0.9.
       prior_weight: share ``p`` of the prediction, in [0, 1]: the paper's is 0.9 for
         micro-batches, 0.05 for large ones.
-      num_virtual: number of synthetic rows. One is enough for a convolution; a dense
+      num_virtual: number of synthetic images. One is enough for a convolution; a dense
         layer needs many.
       input_activation: what lies between the layer before and this one, as the
-        synthetic rows have to pass it, too; None for nothing. ``x`` has passed it.
+        synthetic images have to pass it, too; None for nothing. ``x`` has passed it.
       rngs: keys of that stream (or a default stream).
 
     Raises:
       TypeError: as :class:`flax_sbn.nnx.BatchNorm`.
       ValueError: as there, and if the statistics are of another width than ``x``,
-        ``prior_weight`` is out of range, there are too few synthetic rows, ``norm`` has
-        ghost groups, or the rng stream is missing.
+        ``prior_weight`` is out of range, there are too few synthetic images, ``norm``
+        has ghost groups, or the rng stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -90,7 +90,7 @@ class KalmanNorm(nnx.Module):
         self.linear, self.norm = linear, norm
         self.prior_weight, self.num_virtual = prior_weight, num_virtual
         self.input_activation = input_activation
-        self.rngs = fork_stream(rngs, norm.rng_collection, "synthetic rows")
+        self.rngs = fork_stream(rngs, norm.rng_collection, "synthetic images")
 
     def __call__(
         self,

@@ -1,6 +1,6 @@
 """Gradients preconditioned by the statistics of the layers' inputs.
 
-Letters in shapes: ``N`` rows, ``I`` input and ``C`` output features.
+Letters in shapes: ``N`` images, ``I`` input and ``C`` output features.
 """
 
 import math
@@ -138,7 +138,7 @@ def precondition_gradients(
 
     Source: Lange et al., "Batch Normalization Preconditioning for Neural Network
     Training", arXiv 2108.01110. The formulation is ours, and the constants are from
-    memory; layers without a bias, and :math:`N` that counts rows times positions, are
+    memory; layers without a bias, and :math:`N` that counts images times positions, are
     ours.
     """
     kernel = jnp.asarray(kernel)
@@ -174,9 +174,9 @@ def batch_norm_preconditioning(
     :func:`flax_sbn.nnx.call_with_inputs` gather in the forward pass. Gradients without
     statistics, of other layers and of convolutions in groups, pass as they are.
 
-    The running statistics are those of all rows so far, each step weighted ``decay``
+    The running statistics are those of all images so far, each step weighted ``decay``
     times as much as the next; the first uses its own. Their variance includes that
-    between the steps, so that batches of one row will do.
+    between the steps, so that batches of one image will do.
 
     Args:
       decay: how much less a step counts than the next, in [0, 1).
@@ -251,7 +251,7 @@ def batch_norm_preconditioning(
                 _check_fit(step, old.mean.shape, "/".join(path))
                 new = pool_inputs(old._replace(num=decay * old.num), step)
                 running[path] = jax.tree.map(lambda n, o: n.astype(o.dtype), new, old)
-                # The rows of this step alone made the gradient.
+                # The images of this step alone made the gradient.
                 layers[path] = running[path]._replace(num=step.num)
         if running and not layers:
             raise ValueError(

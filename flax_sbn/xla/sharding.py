@@ -21,7 +21,7 @@ def laid_out_by_xla(
     """Returns ``function(x, *args)``, in which XLA decides where arrays lie.
 
     On a mesh with explicit axes JAX asks for the layout of whatever it cannot tell
-    itself, such as slices of rows. Elsewhere this is a plain call.
+    itself, such as slices of a batch. Elsewhere this is a plain call.
 
     Args:
       function: of arrays. It may not close over others.

@@ -204,7 +204,7 @@ def test_devices_pool_as_parts_of_a_sample():
 @pytest.mark.parametrize(
     ("shape", "call", "error", "given", "fix"),
     [
-        ((1, 3), range_batch_norm, ValueError, "got 1 values", "more rows"),
+        ((1, 3), range_batch_norm, ValueError, "got 1 values", "more images"),
         (
             (8, 3),
             functools.partial(range_batch_norm, num_chunks=0),
