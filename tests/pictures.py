@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 from PIL import Image
+from sklearn.datasets import load_sample_images
 from tensorboard.backend.event_processing.event_accumulator import (
     TENSORS,
     EventAccumulator,
@@ -28,6 +29,16 @@ def write_folder(folder):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(encoded(images[index, :, :, 0] * 15))
     return folder
+
+
+def photos(count, size):
+    """Yields parts of scikit-learn's two photos, of ``(width, height)`` pixels."""
+    rng = np.random.default_rng(0)
+    whole = [Image.fromarray(image) for image in load_sample_images().images]
+    for number in range(count):
+        photo = whole[number % 2]
+        left, top = rng.integers(np.subtract(photo.size, size), endpoint=True)
+        yield photo.crop((left, top, left + size[0], top + size[1]))
 
 
 def encoded(image, format="PNG"):
