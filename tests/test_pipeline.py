@@ -11,7 +11,7 @@ from PIL import Image
 
 from harness import records
 from harness.data import DataError
-from harness.pipeline import DiskInput, FakeInput, find
+from harness.pipeline import DiskInput, FakeInput, Folder, find
 from tests import pictures
 
 
@@ -69,6 +69,17 @@ def test_classes_are_folders_in_alphabetical_order(folder) -> None:
         encoded = splits.train[number]
         assert f"digit-{encoded.label}" in encoded.name
     assert splits.num_classes == pictures.CLASSES
+
+
+def test_to_begin_takes_no_longer_with_many_files(folder) -> None:
+    class File:
+        def __repr__(self):
+            raise AssertionError("names all files")
+
+    few = find(folder)
+    many = few._replace(train=Folder((File(),) * 9, (0,) * 9, ("a",)))
+    DiskInput(many, 8, 3, 0, 1, False).train(0)
+    str(many)
 
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order(folder) -> None:

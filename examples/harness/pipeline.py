@@ -43,7 +43,7 @@ class Source(Protocol):
         """Reads one."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # of a million files: Grain asks for it
 class Folder:
     """Image files in a folder for each class; classes are in alphabetical order."""
 
@@ -268,26 +268,27 @@ class DiskInput:
 
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns batches without end, from the one of this number on."""
-        numbers = grain.MapDataset.range(self.num_images).seed(self.seed)
-        reader = self._reader(self.splits.train)
-        crops = numbers.shuffle().repeat().random_map(reader.random_crop)
-        batches = iter(self._batches(crops, self.batch_size))
+        batches = iter(self.batches(self.crops(), self.batch_size))
         grain.experimental.set_next_index(batches, begin)
         return batches
+
+    def crops(self) -> grain.MapDataset[Any]:
+        """Returns random crops of the images without end, shuffled in each epoch."""
+        numbers = grain.MapDataset.range(self.num_images).seed(self.seed)
+        reader = self._reader(self.splits.train)
+        return numbers.shuffle().repeat().random_map(reader.random_crop)
 
     def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns all images once; the label of padding is negative."""
         count = len(self.splits.test)
         numbers = grain.MapDataset.range(count + -count % batch_size)
         centers = numbers.map(self._reader(self.splits.test).center)
-        return iter(self._batches(centers, batch_size))
+        return iter(self.batches(centers, batch_size))
 
-    def _reader(self, source: Source) -> _Reader:
-        return _Reader(source, self.size, self.num_classes, self.skip)
-
-    def _batches(
+    def batches(
         self, images: grain.MapDataset[Any], batch_size: int
     ) -> grain.IterDataset[Batch]:
+        """Returns this process's part of batches that all processes have together."""
         count = jax.process_count()
         size = batch_size // count
         # About metadata. Not around each image, as all threads share the filters.
@@ -295,6 +296,9 @@ class DiskInput:
         options = grain.ReadOptions(self.threads, prefetch_buffer_size=2 * size)
         part = images[jax.process_index() :: count]
         return part.to_iter_dataset(options).batch(size)
+
+    def _reader(self, source: Source) -> _Reader:
+        return _Reader(source, self.size, self.num_classes, self.skip)
 
 
 @dataclasses.dataclass(frozen=True)
