@@ -1,10 +1,7 @@
 """A folder of small real images, as ImageNet's are laid out, and what became of it."""
 
-import io
-
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from tensorboard.backend.event_processing.event_accumulator import (
     TENSORS,
     EventAccumulator,
@@ -12,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 from tensorboard.util import tensor_util
 
 from harness.data import load_digits
+from tests.photos import encoded
 
 CLASSES, TRAIN, TEST = 3, 50, 21
 
@@ -27,25 +25,10 @@ def write_folder(folder):
         for index in chosen:
             path = folder / split / f"digit-{labels[index]}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded(images[index, :, :, 0] * 15))
+            path.write_bytes(
+                encoded(Image.fromarray(images[index, :, :, 0] * 15), "PNG")
+            )
     return folder
-
-
-def photos(count, size):
-    """Yields parts of scikit-learn's two photos, of ``(width, height)`` pixels."""
-    rng = np.random.default_rng(0)
-    whole = [Image.fromarray(image) for image in load_sample_images().images]
-    for number in range(count):
-        photo = whole[number % 2]
-        left, top = rng.integers(np.subtract(photo.size, size), endpoint=True)
-        yield photo.crop((left, top, left + size[0], top + size[1]))
-
-
-def encoded(image, format="PNG"):
-    file = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(file, format)
-    return file.getvalue()
 
 
 def logged(out, name="train/loss"):

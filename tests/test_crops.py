@@ -7,35 +7,28 @@ import pytest
 from PIL import Image
 
 from harness import crops
-from tests import pictures
+from tests import photos
+from tests.photos import plain_crop
 
 SIZE = 500, 375  # of a usual photo of ImageNet
 
 
 def encoded(image, format="PNG"):
-    return crops.Encoded("an image", pictures.encoded(image, format), 0)
-
-
-def plain(image, size, box, flip, gap=2.0):
-    """Decodes, resizes and flips in as many steps."""
-    decoded = Image.open(io.BytesIO(image.image)).convert("RGB")
-    method = Image.Resampling.BILINEAR
-    pixels = np.asarray(decoded.resize((size, size), method, box, reducing_gap=gap))
-    return pixels[:, ::-1] if flip else pixels
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return crops.Encoded("an image", photos.encoded(image, format), 0)
 
 
 @pytest.mark.parametrize(("format", "size"), [("JPEG", 224), ("JPEG", 94), ("PNG", 32)])
 def test_pixels_are_those_of_the_plain_steps(format, size) -> None:
     flips = set()
-    for seed, photo in enumerate(pictures.photos(6, SIZE)):
+    for seed, photo in enumerate(photos.photos(6, SIZE)):
         image, rng = encoded(photo, format), np.random.default_rng(seed)
         box, flip = crops._random_box(rng, *SIZE), rng.random() < 0.5
         flips.add(flip)
         found = crops.random(image, size, np.random.default_rng(seed))
-        np.testing.assert_array_equal(found, plain(image, size, box, flip))
-        box = crops._center_box(*SIZE)
-        found = crops.center(image, size)
-        np.testing.assert_array_equal(found, plain(image, size, box, False))
+        np.testing.assert_array_equal(found, plain_crop(image.image, size, box, flip))
+        expected = plain_crop(image.image, size, crops._center_box(*SIZE), flip=False)
+        np.testing.assert_array_equal(crops.center(image, size), expected)
     assert flips == {False, True}
 
 
@@ -43,11 +36,12 @@ def test_pixels_are_those_of_the_plain_steps(format, size) -> None:
 def test_a_jpeg_decoded_smaller_is_about_as_near_to_exact_resampling(size) -> None:
     box = crops._center_box(*SIZE)
     drafted, reduced = [], []
-    for photo in pictures.photos(4, SIZE):
+    for photo in photos.photos(4, SIZE):
         image = encoded(photo, "JPEG")
-        exact = plain(image, size, box, False, gap=None).astype(float)
+        exact = plain_crop(image.image, size, box, False, gap=None).astype(float)
+        plain = plain_crop(image.image, size, box, False)
         drafted.append(np.abs(crops.center(image, size) - exact).mean())
-        reduced.append(np.abs(plain(image, size, box, False) - exact).mean())
+        reduced.append(np.abs(plain - exact).mean())
     assert 0 < np.mean(drafted) < 1.2 * np.mean(reduced) < 1.5  # of 255
 
 
@@ -56,7 +50,7 @@ def test_a_jpeg_decoded_smaller_is_about_as_near_to_exact_resampling(size) -> No
 )
 def test_a_jpeg_keeps_two_pixels_a_pixel(size, factor) -> None:
     # The center is 328 pixels wide.
-    image = Image.open(io.BytesIO(pictures.encoded(Image.new("RGB", SIZE), "JPEG")))
+    image = Image.open(io.BytesIO(photos.encoded(Image.new("RGB", SIZE), "JPEG")))
     box = crops._center_box(*SIZE)
     assert crops._draft(image, box, size) == tuple(edge / factor for edge in box)
     assert image.size == tuple(-(-side // factor) for side in SIZE)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import shrink
-from tests import pictures
+from tests import photos
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def folder(tmp_path):
         for split in ("train", "val"):
             path = tmp_path / "photos" / split / "class" / f"{number}.JPEG"
             path.parent.mkdir(parents=True, exist_ok=True)
-            (photo,) = pictures.photos(1, size)
-            path.write_bytes(pictures.encoded(photo, "JPEG"))
+            (photo,) = photos.photos(1, size)
+            path.write_bytes(photos.encoded(photo, "JPEG"))
     return tmp_path / "photos"
 
 
@@ -108,8 +108,8 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(folder, monkeypatch, capsys) 
 @pytest.mark.parametrize("mode", ["L", "P", "RGB", "CMYK"])
 def test_formats_stay_and_modes_are_those_that_training_reads(mode, format) -> None:
     format = "JPEG" if mode == "CMYK" else format
-    (photo,) = pictures.photos(1, (90, 60))
-    encoded = pictures.encoded(photo.convert(mode), format)
+    (photo,) = photos.photos(1, (90, 60))
+    encoded = photos.encoded(photo.convert(mode), format)
     image = Image.open(io.BytesIO(shrink.shrink(encoded, 30, 90)))
     assert (image.format, image.size) == (format, (45, 30))
     exact = (
