@@ -20,9 +20,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from harness.crops import UNREADABLE
+from harness.crops import SUFFIXES, UNREADABLE
 from harness.measuring import add_counts, check_positive
-from harness.pipeline import SUFFIXES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

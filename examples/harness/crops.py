@@ -14,6 +14,7 @@ from harness.data import DataError
 
 Pixels = NDArray[np.uint8]  # (H, W, 3)
 _Box = tuple[float, float, float, float]  # left, top, right, bottom
+SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".webp"}
 # What Pillow raises for an image that is damaged, or none.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _AREA, _ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)

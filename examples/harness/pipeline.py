@@ -28,7 +28,6 @@ from harness.records import EXTENSION, read_example
 # Of ImageNet's training images, by which most published networks are normalized.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * 255
 STD = np.array([0.229, 0.224, 0.225], np.float32) * 255
-SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".webp"}
 _PADDING = -1  # label of images that only fill a batch
 Batch = dict[str, NDArray[Any]]
 
@@ -63,7 +62,7 @@ class Folder:
             (file, label)
             for label, name in enumerate(classes)
             for file in sorted((path / name).rglob("*"))
-            if file.suffix.lower() in SUFFIXES
+            if file.suffix.lower() in crops.SUFFIXES
         ]
         if not found:
             raise DataError(
