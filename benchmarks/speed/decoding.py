@@ -2,10 +2,11 @@
 
 `decode` makes an array of a JPEG; `crop` also resizes a random part, flipped or not;
 `input` is all that a training waits for: reading, `crop`, order and batches. The JPEGs
-are parts of scikit-learn's two photos, nearly as many bytes a pixel as ImageNet's, and
-what shrink.py makes of them. All variants run in turns. What counts is the processor
-time of all threads, so that other programs matter less; a ratio is the median of the
-rounds' ratios. Prints tables and writes JSON, anew after each kind of file.
+are parts of scikit-learn's two photos, nearly as many bytes a pixel as ImageNet's, what
+shrink.py makes of them, and some enlarged. All variants run in turns. What counts is
+the processor time of all threads, so that other programs matter less; a ratio is the
+median of the rounds' ratios. Prints tables and writes JSON, anew after each kind of
+file.
 """
 
 import argparse
@@ -45,6 +46,7 @@ from speed import timing
 from tests import photos
 
 _SIZE, _QUALITY = (500, 375), 96  # 89 kB; the mean of ImageNet is about 110
+_LARGE = 4  # times as wide and high
 _IMAGES = 1_281_167  # of ImageNet: the order of few costs more
 DECODE, CROP = "decode: Pillow", "crop: Pillow"
 _BATCH = 64
@@ -56,7 +58,7 @@ _MODULES = {
 # A fork, which has the same name.
 LIBRARY = "Pillow-SIMD" if "post" in PIL.__version__ else "Pillow"
 Pixels = NDArray[np.uint8]
-Step = Callable[[bytes, int], Pixels]
+Step = Callable[[bytes, int], Any]  # an array, or what becomes one
 
 
 @dataclasses.dataclass
@@ -140,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for photo in photos.photos(args.photos, _SIZE)
     ]
     shrunk = [shrink(file, args.side, quality=90) for file in originals]
-    for files in originals, shrunk:
+    large = [enlarge(file) for file in originals[: 1 + len(originals) // _LARGE**2]]
+    for files in originals, shrunk, large:
         results = measure(files, modules, args)
         report["results"] += [dataclasses.asdict(result) for result in results]
         timing.say(f"{len(report['results'])} variants measured")
@@ -148,6 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(tables.TABLES["decoding"](report))
     print(f"Numbers: {path}")
     return 0
+
+
+def enlarge(file: bytes) -> bytes:
+    """Returns a photo with more pixels, and no more detail."""
+    image = Image.open(io.BytesIO(file))
+    size = image.width * _LARGE, image.height * _LARGE
+    return photos.encoded(image.resize(size, Image.Resampling.BICUBIC), quality=90)
 
 
 def measure(
@@ -169,8 +179,8 @@ def measure(
             path.write_bytes(file)
         for threads in args.threads:
             name = f"input: Pillow, {threads} thread{'s' * (threads > 1)}"
-            counts[name] = args.images
-            runs[name] = functools.partial(_read, paths, threads, args)
+            counts[name] = args.images * len(files) // args.photos
+            runs[name] = functools.partial(_read, paths, threads, counts[name], args)
         by_call = interleaved(runs, args.rounds, clock=time.process_time)
     seconds = {name: [t / counts[name] for t in by_call[name]] for name in runs}
     for name, times in seconds.items():
@@ -209,8 +219,14 @@ def variants(modules: dict[str, Any], size: int) -> dict[str, Step]:
         width, height = Image.open(io.BytesIO(file)).size
         return photos.plain_crop(file, size, *box_and_flip((height, width), number))
 
+    def load(file: bytes, number: int) -> Image.Image:
+        image = Image.open(io.BytesIO(file))
+        image.load()
+        return image
+
     decode: dict[str, Step] = {
-        DECODE: lambda file, number: np.asarray(Image.open(io.BytesIO(file)))
+        DECODE: lambda file, number: np.asarray(load(file, number)),
+        "decode: Pillow, no array": load,
     }
     crop: dict[str, Step] = {CROP: pillow, "crop: Pillow, step by step": plain}
     if simplejpeg := modules.get("simplejpeg"):
@@ -255,13 +271,15 @@ def _call(step: Step, files: list[bytes]) -> None:
         step(file, number)
 
 
-def _read(paths: tuple[Path, ...], threads: int, args: argparse.Namespace) -> None:
-    """Reads as many batches as a training does of so many images."""
+def _read(
+    paths: tuple[Path, ...], threads: int, count: int, args: argparse.Namespace
+) -> None:
+    """Reads so many of ImageNet's number of images, as a training does."""
     repeated = Folder(paths * (_IMAGES // len(paths)), (0,) * _IMAGES, ("photo",))
     disk = DiskInput(
         Splits(repeated, repeated, 1), args.image_size, _BATCH, 0, threads, False
     )
-    for _ in disk.batches(disk.crops()[: args.images], _BATCH):
+    for _ in disk.batches(disk.crops()[:count], _BATCH):
         pass
 
 
