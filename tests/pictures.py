@@ -1,7 +1,5 @@
 """A folder of small real images, as ImageNet's are laid out, and what became of it."""
 
-import io
-
 import numpy as np
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import (
@@ -11,6 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import (
 from tensorboard.util import tensor_util
 
 from harness.data import load_digits
+from tests.photos import encoded
 
 CLASSES, TRAIN, TEST = 3, 50, 21
 
@@ -26,15 +25,10 @@ def write_folder(folder):
         for index in chosen:
             path = folder / split / f"digit-{labels[index]}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded(images[index, :, :, 0] * 15))
+            path.write_bytes(
+                encoded(Image.fromarray(images[index, :, :, 0] * 15), "PNG")
+            )
     return folder
-
-
-def encoded(image, format="PNG"):
-    file = io.BytesIO()
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    image.save(file, format)
-    return file.getvalue()
 
 
 def logged(out, name="train/loss"):

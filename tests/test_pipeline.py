@@ -1,5 +1,6 @@
 """Images from the disk: what is found, what is read, and which batch holds what."""
 
+import io
 import re
 
 import jax
@@ -8,9 +9,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 
-from harness import pipeline, records
+from harness import records
 from harness.data import DataError
-from harness.pipeline import DiskInput, FakeInput, find
+from harness.pipeline import DiskInput, FakeInput, Folder, find
 from tests import pictures
 
 
@@ -51,11 +52,6 @@ def make(folder, *, batch_size=8, seed=0, skip=False, **options):
     return DiskInput(find(folder, **options), 8, batch_size, seed, 2, skip)
 
 
-def reader_of(encoded, size):
-    source = [pipeline.Encoded("an image", encoded, 0)]
-    return pipeline._Reader(source, size, num_classes=1, skip=False)
-
-
 def taken(batches, count):
     return [next(batches) for _ in range(count)]
 
@@ -73,6 +69,17 @@ def test_classes_are_folders_in_alphabetical_order(folder) -> None:
         encoded = splits.train[number]
         assert f"digit-{encoded.label}" in encoded.name
     assert splits.num_classes == pictures.CLASSES
+
+
+def test_to_begin_takes_no_longer_with_many_files(folder) -> None:
+    class File:
+        def __repr__(self):
+            raise AssertionError("names all files")
+
+    few = find(folder)
+    many = few._replace(train=Folder((File(),) * 9, (0,) * 9, ("a",)))
+    DiskInput(many, 8, 3, 0, 1, False).train(0)
+    str(many)
 
 
 def test_an_epoch_has_every_image_once_and_the_next_another_order(folder) -> None:
@@ -150,55 +157,6 @@ def test_the_last_batch_of_a_test_is_padded(folder) -> None:
     assert not batches[-1]["image"][5:].any()
 
 
-def test_the_center_of_an_image_is_evaluated() -> None:
-    # Of 32 x 64 pixels: the middle 28 x 28.
-    image = np.zeros((32, 64, 3), np.uint8)
-    image[2:30, 18:46] = 200
-    reader = reader_of(pictures.encoded(image), 7)
-    pixels = reader.center(0)["image"]
-    np.testing.assert_array_equal(pixels[1:-1, 1:-1], 200)
-    assert pixels.min() > 100  # at the edge, pixels outside have a share
-
-
-def test_crops_are_inside_of_area_and_aspect_and_flipped_by_half() -> None:
-    rng = np.random.default_rng(0)
-    boxes = np.array([pipeline._random_box(rng, 80, 60) for _ in range(3000)])
-    left, top, right, bottom = boxes.T
-    assert left.min() == top.min() == 0
-    assert right.max() == 80
-    assert bottom.max() == 60
-    width, height = right - left, bottom - top
-    area, aspect = width * height / 4800, width / height
-    assert 0.07 < area.min() < 0.1
-    assert area.max() > 0.95
-    assert 0.7 < aspect.min() < 0.8
-    assert 1.25 < aspect.max() < 1.4
-    # The larger crops do not fit; of those that are drawn first, the mean is 0.54.
-    assert 0.4 < area.mean() < 0.54
-    gradient = np.tile(np.arange(0, 256, 8, np.uint8)[None, :, None], (32, 1, 3))
-    reader = reader_of(pictures.encoded(gradient), 8)
-    crops = [reader.random_crop(0, rng)["image"] for _ in range(400)]
-    flipped = np.mean([int(crop[0, 0, 0]) > int(crop[0, -1, 0]) for crop in crops])
-    assert 0.42 < flipped < 0.58
-
-
-def test_a_very_long_image_is_cropped_at_its_center() -> None:
-    rng = np.random.default_rng(0)
-    assert pipeline._random_box(rng, 1000, 2) == (499, 0, 501, 2)
-
-
-@pytest.mark.parametrize(
-    ("mode", "format"), [("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG"), ("RGBA", "PNG")]
-)
-def test_every_mode_becomes_three_channels(mode, format) -> None:
-    gray = np.full((9, 9), 100, np.uint8)
-    converted = Image.fromarray(gray).convert("RGB").convert(mode)
-    reader = reader_of(pictures.encoded(converted, format), 4)
-    image = reader.center(0)["image"]
-    assert image.shape == (4, 4, 3)
-    np.testing.assert_allclose(image, 100, atol=3)
-
-
 def damaged(folder, tmp_path, count=1):
     """A copy in which some images are cut off."""
     copy = pictures.write_folder(tmp_path / "copy")
@@ -223,6 +181,19 @@ def test_the_next_image_takes_its_place(folder, tmp_path) -> None:
     for batch, other in zip(batches, whole, strict=True):
         same = batch["skipped"] == 0
         np.testing.assert_array_equal(batch["image"][same], other["image"][same])
+
+
+def test_damaged_metadata_is_no_warning(tmp_path) -> None:
+    encoded = io.BytesIO()
+    exif = b"Exif\0\0II*\0\x08\0\0\0\xff\0"
+    Image.new("RGB", (9, 9)).save(encoded, "JPEG", exif=exif)
+    with pytest.warns(UserWarning, match="Corrupt EXIF"):
+        Image.open(encoded)
+    for split in ("train", "val"):
+        file = tmp_path / split / "a" / "0.jpg"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(encoded.getvalue())
+    assert len([*make(tmp_path).test(8)]) == 1
 
 
 def test_without_a_single_image_that_can_be_read_there_is_an_error(

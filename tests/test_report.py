@@ -55,7 +55,7 @@ def folder(tmp_path) -> Path:
     }
     results_of, docs = tmp_path / "benchmarks" / "results", tmp_path / "docs"
     (docs / "_static").mkdir(parents=True)
-    (docs / "scaling.md").write_text(markers.pop("scaling"))
+    (docs / "scaling.md").write_text(markers.pop("scaling") + markers.pop("decoding"))
     (docs / "benchmarks.md").write_text(
         f"# Mine\n{''.join(markers.values())}The end.\n"
     )

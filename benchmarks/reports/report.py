@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 
 # What tells reports and cases apart: of equal ones the newest is shown.
 _REPORT = ("benchmark", "device", "dtype")
-_CASE = ("target", "model", "batch_size", "layer", "shape")
+_CASE = ("target", "model", "batch_size", "layer", "shape", "library")
 # What the names of charts begin with, a page each.
 _BENCH, _NETWORK, _RELIABILITY = "bench", "network", "reliability"
 _STUDY, _NORMALIZERS = "study", "micro-batches"
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def result_pages(root: Path, reports: Sequence[Report]) -> list[Page]:
     """Returns the pages of results: of one device, of many, and of reliability."""
-    many = {"scaling"}
+    many = {"scaling", "decoding"}
     one = tables.TABLES.keys() - many
     return [
         result_page(root / "docs" / name, charts, found, reports)

@@ -219,6 +219,26 @@ def scaling_table(report: Report, reference: str = "no norm, jit") -> str:
     return "\n\n".join(parts)
 
 
+def decoding_table(report: Report) -> str:
+    """Returns the speed of reading images: a table a size of files."""
+    parts = []
+    size = report["image_size"]
+    case = "{shape[0]} x {shape[1]} pixels, {kilobytes:.0f} kB, with {library}"
+    for name, rows in _cases(report, case):
+        lines = [
+            [
+                row["variant"],
+                number(row["images_per_second"], 0),
+                number(1 / row["ratio"]),
+                number(row["difference"], 2),
+            ]
+            for row in rows
+        ]
+        header = ["", "images/s", "/ decode: Pillow", "pixels differ by"]
+        parts += [f"{name}; crops of {size} x {size}:", markdown(header, lines, left=1)]
+    return "\n\n".join(parts)
+
+
 def _cases(report: Report, name: str) -> Iterable[tuple[str, Rows]]:
     """Returns the rows of each case, named by a format of the fields of its rows."""
     cases: dict[str, Rows] = {}
@@ -248,4 +268,5 @@ TABLES: dict[str, Callable[[Report], str]] = {
     "train_step": train_step_table,
     "traffic": traffic_table,
     "scaling": scaling_table,
+    "decoding": decoding_table,
 }

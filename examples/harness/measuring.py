@@ -25,29 +25,33 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch")
 
 
 def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int, min_seconds: float = 0.01
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    min_seconds: float = 0.01,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Runs the steps in turns and returns the seconds of each round.
 
     A step returns something that ``jax.block_until_ready`` can wait for. One that takes
-    less than ``min_seconds`` is repeated in each round.
+    less than ``min_seconds`` is repeated in each round. ``time.process_time`` as the
+    clock leaves out the time that other programs take.
     """
     repeats = {}
     for name, step in steps.items():
         jax.block_until_ready(step())
-        begin = time.perf_counter()
+        begin = clock()
         jax.block_until_ready(step())
-        repeats[name] = 1 + int(min_seconds / (time.perf_counter() - begin))
+        repeats[name] = 1 + int(min_seconds / (clock() - begin))
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
-            begin = time.perf_counter()
+            begin = clock()
             for _ in range(repeats[name]):
                 result = steps[name]()
             jax.block_until_ready(result)
-            seconds[name].append((time.perf_counter() - begin) / repeats[name])
+            seconds[name].append((clock() - begin) / repeats[name])
     return seconds
 
 
@@ -85,11 +89,11 @@ def check_positive(
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
-def describe_device() -> dict[str, Any]:
-    """Returns device, versions and date."""
+def describe_device(*packages: str) -> dict[str, Any]:
+    """Returns device, versions, of these packages too, and date."""
     device = jax.devices()[0]
     versions = {"flax_sbn": sbn.__version__}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *packages):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -5,11 +5,11 @@ goes on reads on where it was, with as many processes as it then has.
 """
 
 import dataclasses
-import io
+import functools
 import itertools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,34 +19,17 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from PIL import Image
 
+from harness import crops
+from harness.crops import Encoded
 from harness.data import DataError
 from harness.records import EXTENSION, read_example
 
 # Of ImageNet's training images, by which most published networks are normalized.
 MEAN = np.array([0.485, 0.456, 0.406], np.float32) * 255
 STD = np.array([0.229, 0.224, 0.225], np.float32) * 255
-_SUFFIXES = {".jpeg", ".jpg", ".png", ".bmp", ".webp"}
 _PADDING = -1  # label of images that only fill a batch
-_CROP_AREA, _CROP_ASPECT = (0.08, 1.0), (3 / 4, 4 / 3)
 Batch = dict[str, NDArray[Any]]
-_Box = tuple[float, float, float, float]  # left, top, right, bottom
-_CENTER = 224 / 256  # share of an image's shorter side that is evaluated
-
-
-class Encoded(NamedTuple):
-    """An image as it is on the disk.
-
-    Attributes:
-      name: where it is.
-      image: JPEG, or another format that Pillow reads.
-      label: class index.
-    """
-
-    name: str
-    image: bytes
-    label: int
 
 
 class Source(Protocol):
@@ -59,7 +42,7 @@ class Source(Protocol):
         """Reads one."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)  # of a million files: Grain asks for it
 class Folder:
     """Image files in a folder for each class; classes are in alphabetical order."""
 
@@ -79,7 +62,7 @@ class Folder:
             (file, label)
             for label, name in enumerate(classes)
             for file in sorted((path / name).rglob("*"))
-            if file.suffix.lower() in _SUFFIXES
+            if file.suffix.lower() in crops.SUFFIXES
         ]
         if not found:
             raise DataError(
@@ -190,28 +173,27 @@ class _Reader:
         The next one takes the place of one that is left out; ``skipped`` counts them.
         """
         for skipped in range(len(self.source)):
-            found = self._decode((index + skipped) % len(self.source))
+            number = (index + skipped) % len(self.source)
+            found = self._read(
+                number, lambda image: crops.random(image, self.size, rng)
+            )
             if found is not None:
-                break
-        else:
-            raise DataError("None of the images can be read.")
-        image, label = found
-        pixels = self._resize(image, _random_box(rng, *image.size))
-        if rng.random() < 0.5:
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-        return {"image": pixels, "label": np.int32(label), "skipped": np.int32(skipped)}
+                return {**found, "skipped": np.int32(skipped)}
+        raise DataError("None of the images can be read.")
 
     def center(self, index: int) -> dict[str, Any]:
         """Returns an image's center; padding behind the end, and if it is left out."""
-        found = self._decode(index) if index < len(self.source) else None
-        if found is None:
-            pixels = np.zeros((self.size, self.size, 3), np.uint8)
-            return {"image": pixels, "label": np.int32(_PADDING)}
-        image, label = found
-        pixels = self._resize(image, _center_box(*image.size))
-        return {"image": pixels, "label": np.int32(label)}
+        if index < len(self.source):
+            crop = functools.partial(crops.center, size=self.size)
+            found = self._read(index, crop)
+            if found is not None:
+                return found
+        pixels = np.zeros((self.size, self.size, 3), np.uint8)
+        return {"image": pixels, "label": np.int32(_PADDING)}
 
-    def _decode(self, index: int) -> tuple[Image.Image, int] | None:
+    def _read(
+        self, index: int, crop: Callable[[Encoded], NDArray[np.uint8]]
+    ) -> dict[str, Any] | None:
         try:
             encoded = self.source[index]
             if not 0 <= encoded.label < self.num_classes:
@@ -219,15 +201,11 @@ class _Reader:
                     f"Expected a label below {self.num_classes}, got {encoded.label} "
                     f"for {encoded.name}."
                 )
-            return _decode(encoded), encoded.label
+            return {"image": crop(encoded), "label": np.int32(encoded.label)}
         except DataError:
             if self.skip:
                 return None
             raise
-
-    def _resize(self, image: Image.Image, box: _Box) -> NDArray[np.uint8]:
-        size, method = (self.size, self.size), Image.Resampling.BILINEAR
-        return np.asarray(image.resize(size, method, box, reducing_gap=2.0))
 
 
 class Input(Protocol):
@@ -289,31 +267,37 @@ class DiskInput:
 
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns batches without end, from the one of this number on."""
-        numbers = grain.MapDataset.range(self.num_images).seed(self.seed)
-        reader = self._reader(self.splits.train)
-        crops = numbers.shuffle().repeat().random_map(reader.random_crop)
-        batches = iter(self._batches(crops, self.batch_size))
+        batches = iter(self.batches(self.crops(), self.batch_size))
         grain.experimental.set_next_index(batches, begin)
         return batches
+
+    def crops(self) -> grain.MapDataset[Any]:
+        """Returns random crops of the images without end, shuffled in each epoch."""
+        numbers = grain.MapDataset.range(self.num_images).seed(self.seed)
+        reader = self._reader(self.splits.train)
+        return numbers.shuffle().repeat().random_map(reader.random_crop)
 
     def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns all images once; the label of padding is negative."""
         count = len(self.splits.test)
         numbers = grain.MapDataset.range(count + -count % batch_size)
         centers = numbers.map(self._reader(self.splits.test).center)
-        return iter(self._batches(centers, batch_size))
+        return iter(self.batches(centers, batch_size))
 
-    def _reader(self, source: Source) -> _Reader:
-        return _Reader(source, self.size, self.num_classes, self.skip)
-
-    def _batches(
+    def batches(
         self, images: grain.MapDataset[Any], batch_size: int
     ) -> grain.IterDataset[Batch]:
+        """Returns this process's part of batches that all processes have together."""
         count = jax.process_count()
         size = batch_size // count
+        # About metadata. Not around each image, as all threads share the filters.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
         options = grain.ReadOptions(self.threads, prefetch_buffer_size=2 * size)
         part = images[jax.process_index() :: count]
         return part.to_iter_dataset(options).batch(size)
+
+    def _reader(self, source: Source) -> _Reader:
+        return _Reader(source, self.size, self.num_classes, self.skip)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,33 +336,3 @@ class FakeInput:
     def test(self, batch_size: int) -> Iterator[Batch]:
         """Returns nothing."""
         return iter(())
-
-
-def _decode(encoded: Encoded) -> Image.Image:
-    """Returns an image that is read to its end; raises `DataError`."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata
-            return Image.open(io.BytesIO(encoded.image)).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"Expected an image in {encoded.name}: {error}.") from error
-
-
-def _random_box(rng: np.random.Generator, width: int, height: int) -> _Box:
-    """Draws a crop: its area, its aspect ratio, and then its place."""
-    low, high = np.log(_CROP_ASPECT)
-    for _ in range(10):
-        area = width * height * rng.uniform(*_CROP_AREA)
-        aspect = np.exp(rng.uniform(low, high))
-        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-        if 0 < w <= width and 0 < h <= height:
-            left = int(rng.integers(width - w + 1))
-            top = int(rng.integers(height - h + 1))
-            return left, top, left + w, top + h
-    return _center_box(width, height, 1.0)
-
-
-def _center_box(width: int, height: int, share: float = _CENTER) -> _Box:
-    side = share * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
