@@ -358,9 +358,7 @@ def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
 
 
 def test_virtual_floats_are_not_cast_to_a_batch_of_integers():
-    with pytest.raises(
-        ValueError, match=r"virtual images of float32\. Scale"
-    ):
+    with pytest.raises(ValueError, match=r"virtual images of float32\. Scale"):
         sbn.append_virtual(jnp.ones(ROWS, "uint8"), jnp.ones(ROWS))
 
 
