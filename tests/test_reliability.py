@@ -33,7 +33,7 @@ def test_a_masked_row_of_zeros_harms_nothing(tmp_path, monkeypatch, capsys) -> N
     assert [worst[name] for name in lost] == [15, 0, True, 15, True]
     assert [cured[name] for name in lost] == [0, 0, False, 0, False]
     lines = capsys.readouterr().out.replace(" ", "").splitlines()
-    assert "|FS1/16|any|allrows|lost|allrows|lost|nowhere|" in lines
+    assert "|FS1/16|any|allexamples|lost|allexamples|lost|nowhere|" in lines
     assert "|zeroandmask|1|0|0|0|0|0|" in lines
     with pytest.raises(SystemExit):
         bad_rows.main(argv)

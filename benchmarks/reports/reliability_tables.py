@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 def bad_rows_table(report: Report) -> str:
-    """Returns what a bad row takes along: methods that are alike share their lines."""
+    """Returns what a bad example takes along: methods that are alike share lines."""
     found = [row for row in report["results"] if row["cure"] == "nothing"]
     alike: dict[tuple[Any, ...], list[str]] = {}
     for name, rows in by_method(found).items():
@@ -26,7 +26,7 @@ def bad_rows_table(report: Report) -> str:
         for (lines, spread), names in alike.items()
         for i, line in enumerate(lines)
     ]
-    header = ["method", "bad row", "lost: output", "running statistics"]
+    header = ["method", "bad example", "lost: output", "running statistics"]
     header += ["input's gradient", "parameters' gradients"]
     header += ["one NaN spreads from"]
     text = markdown(header, table, left=len(header))
@@ -54,8 +54,13 @@ def cures_table(report: Report) -> str:
             for lost in ("rows", "changed", "state", "row_gradients", "gradients")
         ]
         lines.append([cure, str(len(methods)), *counts])
-    header = ["done about it", "methods", "other rows lost", "other rows changed"]
-    header += ["running statistics lost", "other rows' gradients lost"]
+    header = [
+        "done about it",
+        "methods",
+        "other examples lost",
+        "other examples changed",
+    ]
+    header += ["running statistics lost", "other examples' gradients lost"]
     header += ["parameters' gradients lost"]
     return markdown(header, lines, left=1)
 
@@ -163,8 +168,8 @@ def outcome(row: Row, num_rows: int) -> list[str]:
 
     def with_it(others: int) -> str:
         if others == 0:
-            return "that row"
-        return "all rows" if others == num_rows - 1 else f"{others + 1} rows"
+            return "that example"
+        return "all examples" if others == num_rows - 1 else f"{others + 1} examples"
 
     return [
         with_it(row["rows"]),
