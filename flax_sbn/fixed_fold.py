@@ -32,9 +32,10 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 
+from flax_sbn.moments import wide
 from flax_sbn.normalization import Norm
 from flax_sbn.sampled_layer import Layer, scaled
-from flax_sbn.statistics import Statistics, wide
+from flax_sbn.statistics import Statistics
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import round_to
 from flax_sbn.xla.sharding import is_explicit, varying_like

@@ -21,11 +21,12 @@ from jax.typing import ArrayLike, DTypeLike
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.convolution import Extents, Padding, make_convolution
 from flax_sbn.fixed_fold import fixed_fold, fixed_fold_applies
+from flax_sbn.moments import Measure, wide
 from flax_sbn.normalization import Norm
 from flax_sbn.renormalization import Correct
 from flax_sbn.sampled_layer import Layer, Linear, fold_kernel
 from flax_sbn.sampling import Sampler, needs_key
-from flax_sbn.statistics import Measure, Statistics, broadcast_mask, wide
+from flax_sbn.statistics import Statistics, broadcast_mask
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import round_to
 from flax_sbn.xla.sharding import laid_out_by_xla, varying_like

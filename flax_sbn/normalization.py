@@ -13,16 +13,15 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.arguments import check_numbers
+from flax_sbn.moments import Measure, wide
 from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler
 from flax_sbn.statistics import (
     Axis,
-    Measure,
     Measurement,
     Statistics,
     of_features,
     reduction_axes,
-    wide,
 )
 
 

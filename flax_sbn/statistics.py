@@ -5,9 +5,8 @@ Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` featur
 
 import dataclasses
 import functools
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -16,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.arguments import check_numbers
+from flax_sbn.moments import Measure, abs_square, mean_and_var, pool_over_devices
 from flax_sbn.sampling import Sampler, sampled_parts
 from flax_sbn.windows import Part
 from flax_sbn.xla.sharding import laid_out_by_xla
@@ -43,19 +43,6 @@ def _flatten(statistics: Statistics) -> tuple[tuple[jax.Array, ...], None]:
 jax.tree_util.register_pytree_node(
     Statistics, _flatten, lambda _, arrays: Statistics(*arrays)
 )
-
-
-class Moments(NamedTuple):
-    """Statistics, and how many values per feature they come from, each ``(C,)``."""
-
-    num: jax.Array
-    mean: jax.Array
-    var: jax.Array
-
-
-# Makes moments of values ``x``, given the axes to reduce, booleans ``where`` (or None),
-# and ``one_pass``: ``use_fast_variance`` for a whole batch, None for a sample.
-Measure = Callable[[jax.Array, tuple[int, ...], jax.Array | None, bool | None], Moments]
 
 
 def reduction_axes(ndim: int, axis: Axis) -> tuple[int, ...]:
@@ -253,8 +240,12 @@ class Measurement:
             for x, where in zip(values, masks, strict=True)
         ]
         if self.axis_name is not None:
+            origin = 0.0 if self.running is None else self.running.mean
             moments = pool_over_devices(
-                moments, self.axis_name, self.axis_index_groups, self.running
+                moments,
+                self.axis_name,
+                self.axis_index_groups,
+                origin,
             )
         statistics = [Statistics(mean, var) for _, mean, var in moments]
         if self.mask is None:
@@ -313,7 +304,7 @@ def mix_statistics(
     pairs = list(zip(weights, statistics, strict=True))
     mean = functools.reduce(operator.add, (w * s.mean for w, s in pairs))
     var = functools.reduce(
-        operator.add, (w * (s.var + _abs_square(s.mean - mean)) for w, s in pairs)
+        operator.add, (w * (s.var + abs_square(s.mean - mean)) for w, s in pairs)
     )
     return Statistics(mean, var)
 
@@ -376,12 +367,6 @@ def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
     )
 
 
-def _abs_square(x: jax.Array) -> jax.Array:
-    if jnp.iscomplexobj(x):
-        return lax.square(x.real) + lax.square(x.imag)
-    return lax.square(x)
-
-
 def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     """Returns a mask of the given shape, or raises a ValueError that says why not."""
     mask = jnp.asarray(mask, bool)
@@ -392,130 +377,3 @@ def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
             f"Expected mask to broadcast to the input, got mask of shape {mask.shape} "
             f"and input of {shape=}. Give it size 1 on the axes that it does not mask."
         ) from None
-
-
-def mean_and_var(
-    x: jax.Array, axes: tuple[int, ...], where: jax.Array | None, one_pass: bool | None
-) -> Moments:
-    """Returns mean and biased variance: what batch norm measures; a ``Measure``."""
-    if where is None:
-        if one_pass is None:
-            mean, var = _sample_moments(x, axes)
-        elif one_pass:
-            mean, var = _raw_moments(wide(x), axes)
-        else:
-            mean, var = _two_pass_moments(wide(x), axes)
-        count = jnp.full(var.shape, math.prod(x.shape[a] for a in axes), var.dtype)
-        return Moments(count, mean, var)
-
-    x = wide(x)
-    # What is masked may be NaN: keep it out of the gradient, too.
-    x = jnp.where(where, x, 0)
-    count = where.sum(axes, dtype=x.real.dtype)
-    divisor = jnp.maximum(count, 1)
-    mean = x.sum(axes) / divisor
-    if one_pass:
-        var = jnp.maximum(0, _abs_square(x).sum(axes) / divisor - _abs_square(mean))
-    else:
-        squares = _abs_square(x - jnp.expand_dims(mean, axes))
-        var = squares.sum(axes, where=where) / divisor
-    return Moments(count, mean, var)
-
-
-def _raw_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
-    mean = x.mean(axes)
-    return Statistics(
-        mean, jnp.maximum(0, _abs_square(x).mean(axes) - _abs_square(mean))
-    )
-
-
-def _two_pass_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
-    mean = x.mean(axes)
-    return Statistics(mean, _abs_square(x - jnp.expand_dims(mean, axes)).mean(axes))
-
-
-def _shifted_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
-    # One pass about one of the values, which cancels as little as two passes do.
-    origin = x[tuple(0 if a in axes else slice(None) for a in range(x.ndim))]
-    mean, var = _raw_moments(x - jnp.expand_dims(origin, axes), axes)
-    return Statistics(mean + origin, var)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _sample_moments(x: jax.Array, axes: tuple[int, ...]) -> Statistics:
-    shifted = functools.partial(_shifted_moments, axes=axes)
-    if x.dtype != jnp.bfloat16:
-        return shifted(wide(x))
-    # On a GPU shifted values would be written down. There sums are pairwise, and what
-    # cancels is less than bfloat16's own rounding.
-    raw = functools.partial(_raw_moments, axes=axes)
-    return lax.platform_dependent(wide(x), cuda=raw, rocm=raw, default=shifted)
-
-
-@_sample_moments.defjvp
-def _sample_moments_jvp(
-    axes: tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[Statistics, Statistics]:
-    # In terms of x: the shifted values are not kept for the backward pass.
-    (x,), (t,) = primals, map(wide, tangents)
-    mean, var = _sample_moments(x, axes)
-    product = (wide(x) - jnp.expand_dims(mean, axes)).conj() * t
-    return Statistics(mean, var), Statistics(t.mean(axes), 2 * product.mean(axes).real)
-
-
-def wide(x: jax.Array) -> jax.Array:
-    """Returns values in float32 or wider."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def pool_moments(first: Moments, second: Moments) -> Moments:
-    r"""Returns the moments of the values of both populations together.
-
-    .. math::
-      w = \frac{n_2}{n_1 + n_2}, \qquad \mu = \mu_1 + w (\mu_2 - \mu_1), \qquad
-      v = (1 - w) v_1 + w v_2 + w (1 - w) |\mu_2 - \mu_1|^2
-
-    Only the difference of the means is squared, so nothing cancels where they are
-    large, however many populations are added one by one.
-
-    Args:
-      first: moments of some values; of none with ``num`` 0.
-      second: moments of the others.
-
-    Source: Chan, Golub & LeVeque, "Updating Formulae and a Pairwise Algorithm for
-    Computing Sample Variances", 1979.
-    """
-    num = first.num + second.num
-    share = second.num / jnp.maximum(num, 1)
-    change = second.mean - first.mean
-    within = (1 - share) * first.var + share * second.var
-    between = share * (1 - share) * _abs_square(change)
-    return Moments(num, first.mean + share * change, within + between)
-
-
-def pool_over_devices(
-    moments: list[Moments],
-    axis_name: str | tuple[str, ...],
-    axis_index_groups: Any,
-    running: Statistics | None,
-) -> list[Moments]:
-    """Pools moments over devices, all of them in one all-reduce.
-
-    The variance between the devices' means is taken about a common origin near them,
-    because :math:`E|m|^2 - |E m|^2` cancels where the mean is large.
-    """
-    origin = 0.0 if running is None else lax.stop_gradient(running.mean)
-    terms = []
-    for count, mean, var in moments:
-        mean = mean - origin
-        terms += [count, count * mean, count * var, count * _abs_square(mean)]
-    sums = lax.psum(jnp.stack(terms), axis_name, axis_index_groups=axis_index_groups)
-
-    pooled = []
-    for i in range(0, len(terms), len(Moments._fields) + 1):
-        count, var, square = (sums[j].real for j in (i, i + 2, i + 3))
-        divisor = jnp.maximum(count, 1)
-        mean = sums[i + 1] / divisor
-        between = jnp.maximum(0, square / divisor - _abs_square(mean))
-        pooled.append(Moments(count, mean + origin, var / divisor + between))
-    return pooled

@@ -56,6 +56,7 @@ _TESTS = {
     "estimation": ["modules"],
     "same_outputs": ["test_export.py"],
     "as_stored": ["test_export.py"],
+    "moments": ["test_statistics.py", "test_devices.py"],
     "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
     "fixed_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],
     "linear_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],

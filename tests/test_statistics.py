@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-from flax_sbn.statistics import Moments, mean_and_var, pool_moments
+from flax_sbn.moments import Moments, mean_and_var, pool_moments
 from tests import cases, reference, samples
 from tests.closeness import assert_close, tolerance
 from tests.samples import KEY

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.moments import wide
 from flax_sbn.normalization import normalize
 from flax_sbn.statistics import (
     Axis,
@@ -17,7 +18,6 @@ from flax_sbn.statistics import (
     batch_statistics,
     of_features,
     reduction_axes,
-    wide,
 )
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jax.typing import ArrayLike
 
-from flax_sbn.statistics import wide
+from flax_sbn.moments import wide
 
 
 def binarize(x: ArrayLike) -> jax.Array:

@@ -9,7 +9,8 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.statistics import Axis, of_features, reduction_axes, wide
+from flax_sbn.moments import wide
+from flax_sbn.statistics import Axis, of_features, reduction_axes
 
 # Gradients hold its power of -3/2, which float32 can hold.
 _SMALLEST = 1e-24

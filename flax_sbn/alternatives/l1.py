@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from flax_sbn.modules.hooks import Hooks
+from flax_sbn.moments import Moments, wide
 from flax_sbn.normalization import batch_norm
-from flax_sbn.statistics import Moments, Statistics, wide
+from flax_sbn.statistics import Statistics
 
 
 def l1_moments(

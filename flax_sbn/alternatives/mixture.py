@@ -11,14 +11,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.moments import wide
 from flax_sbn.normalization import normalize
-from flax_sbn.statistics import (
-    Axis,
-    Statistics,
-    broadcast_mask,
-    reduction_axes,
-    wide,
-)
+from flax_sbn.statistics import Axis, Statistics, broadcast_mask, reduction_axes
 
 
 class Mixture(NamedTuple):

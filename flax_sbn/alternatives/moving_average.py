@@ -9,6 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.moments import wide
 from flax_sbn.normalization import normalize
 from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import (
@@ -17,7 +18,6 @@ from flax_sbn.statistics import (
     feature_shape,
     reduction_axes,
     update_running,
-    wide,
 )
 from flax_sbn.xla.sharding import varying_like
 

@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 
 from flax_sbn.alternatives.l1 import real, variance_of
 from flax_sbn.modules.hooks import Hooks
+from flax_sbn.moments import Moments
 from flax_sbn.normalization import batch_norm
-from flax_sbn.statistics import Moments, Statistics
+from flax_sbn.statistics import Statistics
 
 
 def range_moments(

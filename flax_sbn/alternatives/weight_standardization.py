@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.activation import Activation
-from flax_sbn.statistics import wide
+from flax_sbn.moments import wide
 
 
 def standardize_kernel(

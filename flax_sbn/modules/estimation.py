@@ -10,16 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_sbn.statistics import (
+from flax_sbn.moments import (
     Measure,
     Moments,
-    Statistics,
-    broadcast_mask,
     mean_and_var,
     pool_moments,
     pool_over_devices,
-    reduction_axes,
 )
+from flax_sbn.statistics import Statistics, broadcast_mask, reduction_axes
 from flax_sbn.xla.sharding import laid_out_by_xla
 
 # Where a norm keeps what it has measured. While it is there, no layer folds: all of its
@@ -93,7 +91,7 @@ def add_call(
         moments = [measure(x, axes, mask, False)]
         if norm.axis_name is not None:
             moments = pool_over_devices(
-                moments, norm.axis_name, norm.axis_index_groups, running
+                moments, norm.axis_name, norm.axis_index_groups, running.mean
             )
         return add_moments(before, *moments)
 

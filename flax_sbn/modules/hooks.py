@@ -4,8 +4,9 @@ from typing import Any, ClassVar
 
 import jax
 
+from flax_sbn.moments import Moments, mean_and_var
 from flax_sbn.renormalization import renormalize
-from flax_sbn.statistics import Moments, Statistics, mean_and_var, update_running
+from flax_sbn.statistics import Statistics, update_running
 
 
 class Hooks:

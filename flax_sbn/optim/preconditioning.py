@@ -15,7 +15,8 @@ from jax import lax
 from jax.tree_util import GetAttrKey, keystr, tree_flatten_with_path
 from jax.typing import ArrayLike
 
-from flax_sbn.statistics import Moments, batch_statistics, pool_moments
+from flax_sbn.moments import Moments, pool_moments
+from flax_sbn.statistics import batch_statistics
 
 
 class InputStatistics(NamedTuple):
