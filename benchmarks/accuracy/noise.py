@@ -32,11 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import flax_sbn as sbn
 from accuracy.geometries import Grid, Scattered
 from harness.data import DataError, Dataset, load_cifar10
-from harness.learning import Learner, Model
+from harness.learning import Learner
 from harness.measuring import add_counts, check_positive, describe_device
 from harness.methods import Method
 from harness.networks import LinenNetwork, Settings, Variables
-from harness.training import DeviceData, to_device
+from harness.training import Trainer, to_device
 from reports import noise_table
 from speed import timing
 
@@ -181,33 +181,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def train(settings: Settings, dataset: Dataset) -> tuple[Learner, Variables, float]:
     """Trains with batch norm; returns the variables and the accuracy in the test."""
-    data = to_device(dataset)
-    steps = len(dataset.train_images) // settings.batch_size
-    learner = Learner(settings, Method("bn"), data.task, steps, data.mesh)
-    step = jax.jit(learner.update)
-    model = learner.init(jax.random.key(0), data.images)
-    order = np.random.default_rng(0)
+    trainer = Trainer(settings, Method("bn"), to_device(dataset))
+    state = trainer.init(0)
     for epoch in range(settings.epochs):
         timing.say(f"epoch {epoch + 1} of {settings.epochs}")
-        model = _epoch(step, model, data, order.permutation(len(data.images)), steps)
-    correct = sum(
-        int((learner.evaluate(model.variables, images).argmax(-1) == labels).sum())
-        for images, labels in data.test
-    )
-    return learner, model.variables, correct / data.num_test
-
-
-def _epoch(
-    step: Callable[..., Any],
-    model: Model,
-    data: DeviceData,
-    order: NDArray[np.int64],
-    steps: int,
-) -> Model:
-    key = jax.random.key(0)  # nothing is drawn
-    for rows in np.array_split(order[: len(order) // steps * steps], steps):
-        model, _ = step(model, data.images[rows], data.labels[rows], key, key)
-    return model
+        state = trainer.epoch(state)
+    return trainer.learner, state.model.variables, trainer.accuracy(state)
 
 
 def draw(

@@ -183,10 +183,7 @@ class Trainer:
                     yield self._progress(state, epoch, step, begin)
                     shown = time.monotonic()
             now = self._progress(state, epoch, self.steps, begin)
-            correct = sum(
-                run.evaluate(state.model.variables, *batch) for batch in self.data.test
-            )
-            shares = np.atleast_1d(correct) / self.data.num_test
+            shares = np.atleast_1d(self._correct_of(run, state)) / self.data.num_test
             yield tuple(
                 one._replace(test_accuracy=float(share))
                 for one, share in zip(now, shares, strict=True)
@@ -198,6 +195,14 @@ class Trainer:
         for _ in range(0, self.steps, self.stride):
             state = self.step(state, self.data.images, self.data.labels)
         return state
+
+    def accuracy(self, state: State) -> float:
+        """Returns the accuracy in the test."""
+        return float(self._correct_of(self._alone, state)) / self.data.num_test
+
+    def _correct_of(self, run: _Programs, state: State) -> jax.Array:
+        variables = state.model.variables
+        return sum(run.evaluate(variables, *batch) for batch in self.data.test)
 
     def _progress(
         self, state: State, epoch: int, step: int, begin: float
