@@ -160,9 +160,9 @@ def make_convolution(
     precision: Any,
     function: Callable[..., jax.Array],
 ) -> tuple[jax.Array, Convolution]:
-    """Reads flax's options and returns the input and the convolution to apply to it.
+    """Reads Flax's options and returns the input and the convolution to apply to it.
 
-    Periodic, reflected and causal borders are written into the input, as flax does.
+    Periodic, reflected and causal borders are written into the input, as Flax does.
     """
     rank = len(window)
     strides, input_dilation, kernel_dilation = (
@@ -208,7 +208,7 @@ def make_convolution(
 
 
 def masked_kernel(kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Returns the kernel's entries that a mask leaves, as flax's convolutions do."""
+    """Returns the kernel's entries that a mask leaves, as Flax's convolutions do."""
     if mask is None:
         return kernel
     if mask.shape != kernel.shape:

@@ -360,10 +360,10 @@ def dense_norm(
 
 
 def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]]:
-    """Returns ``conv_norm`` or ``dense_norm`` with the options of one of flax's layers.
+    """Returns ``conv_norm`` or ``dense_norm`` with the options of one of Flax's layers.
 
     Args:
-      layer: ``Conv``, ``Dense`` or ``Linear``, of linen or nnx.
+      layer: ``Conv``, ``Dense`` or ``Linear``, of Linen or NNX.
     """
     kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
     function = getattr(layer, kind) or getattr(lax, kind)

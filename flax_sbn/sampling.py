@@ -124,7 +124,7 @@ def num_measured(sampler: Sampler | None, shape: tuple[int, ...]) -> int:
 class NaiveSampling:
     """Naive Sampling (NS): the last images of the batch, the same in every layer.
 
-    The paper's baseline. It shows why positions have to be drawn anew in each layer.
+    The paper's baseline. It shows why positions have to be resampled in each layer.
 
     Attributes:
       num_samples: number of images measured.

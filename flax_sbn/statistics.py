@@ -324,7 +324,7 @@ def update_running(
     Args:
       running: the average so far, ``(C,)``.
       statistics: those of this step, ``(C,)``.
-      momentum: decay rate of the average, as in flax: the weight of the old value.
+      momentum: decay rate of the average, as in Flax: the weight of the old value.
       std_epsilon: if given, standard deviations :math:`\sqrt{v + \epsilon}` are
         averaged, and the variance is that of their average: Batch Renormalization's
         rule.
@@ -345,7 +345,7 @@ def update_running(
 
     def update(r: jax.Array, s: jax.Array) -> jax.Array:
         updated = r + (1 - momentum) * (lax.stop_gradient(s) - r)
-        # As in flax, a running mean that starts real becomes complex with its data.
+        # As in Flax, a running mean that starts real becomes complex with its data.
         return updated if jnp.iscomplexobj(updated) else updated.astype(r.dtype)
 
     check_numbers(momentum=momentum)

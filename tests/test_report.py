@@ -163,7 +163,7 @@ def test_a_study_is_compared_with_batch_norm_seed_by_seed(folder) -> None:
     assert run(folder) == 0
     page = (folder / "docs" / "accuracy.md").read_text()
     assert "**Short protocol**: resnet8, all training images of digits" in page
-    assert "5 trainings (3 more are not done) on Some GPU" in page
+    assert "5 training runs (3 more are not done) on Some GPU" in page
     rows = ["".join(line.split()) for line in page.splitlines() if "`" in line[:3]]
     rows = [row for row in rows if row.startswith("|")]
     assert rows == [

@@ -1,6 +1,6 @@
-"""The studies of accuracy: which trainings they are made of, and their tables.
+"""The studies of accuracy: which training runs they are made of, and their tables.
 
-A study is a grid, ``examples/studies/NAME-PROTOCOL.toml``; its trainings are found
+A study is a grid, ``examples/studies/NAME-PROTOCOL.toml``; its training runs are found
 among the results of its protocol, ``examples/results/PROTOCOL.jsonl``.
 """
 
@@ -101,7 +101,7 @@ def section(study: Study, images: Sequence[str]) -> str:
 
 
 def protocol(study: Study) -> str:
-    """Returns what all trainings of a study have in common, as a sentence."""
+    """Returns what all training runs of a study have in common, as a sentence."""
     one = study.experiments[0]
     size = "" if one.image_size is None else f" at {one.image_size} x {one.image_size}"
     images = "all" if one.train_size is None else f"{one.train_size:,}"
@@ -116,7 +116,7 @@ def protocol(study: Study) -> str:
 
 
 def caption(study: Study) -> str:
-    """Returns the protocol, and on what the trainings ran."""
+    """Returns the protocol, and on what the training runs ran."""
     records = [
         record for setting in study.settings for record in study.runs(setting).values()
     ]
@@ -126,7 +126,7 @@ def caption(study: Study) -> str:
     software = "; ".join(dict.fromkeys(map(versions, records)))
     missing = len(study.experiments) - len(records)
     return (
-        f"{protocol(study)} {len(records)} trainings"
+        f"{protocol(study)} {len(records)} training runs"
         + (f" ({missing} more are not done)" if missing else "")
         + f" on {' and '.join(where)}, {days}; {software}."
     )

@@ -49,7 +49,7 @@ def binarize_kernel(kernel: ArrayLike) -> jax.Array:
     does not multiply the gradient either.
 
     Args:
-      kernel: ``(*window, I, C)``, as in flax: the last axis is the outputs'.
+      kernel: ``(*window, I, C)``, as in Flax: the last axis is the outputs'.
 
     Returns:
       An array of the shape and dtype of ``kernel``, float32 for integers; the mean is

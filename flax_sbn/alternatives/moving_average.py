@@ -211,7 +211,7 @@ def center_kernel(kernel: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Ar
     norms that subtract none.
 
     Args:
-      kernel: ``(*window, I, C)``, as in flax: the last axis is the outputs'.
+      kernel: ``(*window, I, C)``, as in Flax: the last axis is the outputs'.
       mask: of the kernel's shape: weights that are False or zero stay zero and do not
         count in the mean.
 

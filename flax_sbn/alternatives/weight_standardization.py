@@ -33,7 +33,7 @@ def standardize_kernel(
     :math:`\mathit{gain}^2`, whatever the mean of the inputs.
 
     Args:
-      kernel: ``(*window, I, C)``, as in flax: the last axis is the outputs', and the
+      kernel: ``(*window, I, C)``, as in Flax: the last axis is the outputs', and the
         fan-in :math:`n` the extent of all others. With feature groups ``I`` is the
         inputs of one group.
       gain: ``(C,)``, or None for one.

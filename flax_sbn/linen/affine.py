@@ -1,4 +1,4 @@
-"""Scale and bias of a linen layer."""
+"""Scale and bias of a Linen layer."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ def scale_and_bias(
     """Returns them as the fields of ``layer`` say, None where there is none.
 
     Args:
-      layer: with flax's fields, ``use_scale`` and ``scale_init`` and so on.
+      layer: with Flax's fields, ``use_scale`` and ``scale_init`` and so on.
       features: extent of the feature axes.
     """
     fields: Any = layer

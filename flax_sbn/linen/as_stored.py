@@ -1,4 +1,4 @@
-"""Whether a linen layer sees its variables as they are stored.
+"""Whether a Linen layer sees its variables as they are stored.
 
 Lifted transformations hand them on, stacked or sliced; a wrapper such as
 ``flax.linen.WeightNorm`` computes others of them.

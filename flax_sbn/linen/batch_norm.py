@@ -17,7 +17,7 @@ from flax_sbn.modules.hooks import Hooks
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, feature_shape, keep_unmeasured
 
-# Without what linen wraps around it, to which it would be a call of its own: captured,
+# Without what Linen wraps around it, to which it would be a call of its own: captured,
 # intercepted and tabulated beside that of the layer.
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 
@@ -39,15 +39,15 @@ class BatchNorm(nn.BatchNorm, Hooks):
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
-    Positions are drawn anew in each layer and step, from the rng stream ``'sampling'``
-    or, as flax's dropout does, from ``'params'`` where it is missing; nothing is drawn
+    Positions are resampled in each layer and step, from the rng stream ``'sampling'``
+    or, as Flax's dropout does, from ``'params'`` where it is missing; nothing is drawn
     at evaluation and in ``init``. Input and output are ``(N, *spatial, C)``, of any
-    real or complex dtype; running statistics are float32.
-    With ``sampler=None`` this is flax's layer to the bit, and parameters and statistics
-    always have flax's names, so that checkpoints load either way.
+    real or complex dtype; running statistics are float32. With ``sampler=None`` this is
+    Flax's layer bit for bit, and parameters and statistics always have Flax's names, so
+    that checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
-    statistics and leaves them as they are; with ``sampler=None`` its output is flax's,
+    statistics and leaves them as they are; with ``sampler=None`` its output is Flax's,
     NaN. Samples are measured in float32 or wider, as exactly as in two passes, whatever
     ``force_float32_reductions`` and ``use_fast_variance`` say.
 
@@ -160,9 +160,9 @@ class BatchNorm(nn.BatchNorm, Hooks):
 
     @nn.nowrap
     def _running(self, features: tuple[int, ...]) -> Statistics:
-        """Returns the running statistics; where there are none, does as flax does."""
+        """Returns the running statistics; where there are none, does as Flax does."""
         assert self.scope is not None
-        scope = self.scope.rewound()  # flax's call asks for them, too
+        scope = self.scope.rewound()  # Flax's call asks for them, too
         dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = scope.variable("batch_stats", "mean", jnp.zeros, features, dtype)
         var = scope.variable("batch_stats", "var", jnp.ones, features, dtype)

@@ -1,4 +1,4 @@
-"""Batchless normalization as a linen layer."""
+"""Batchless normalization as a Linen layer."""
 
 from typing import Any
 
@@ -37,7 +37,7 @@ class BatchlessNorm(nn.Module):
 
     Attributes:
       use_running_average: sow nothing (evaluation). There is no average: the name is
-        that of flax's batch normalization.
+        that of Flax's batch normalization.
       axis: the feature axis or axes.
       epsilon: added to the variance.
       dtype: dtype of the result; by default that of the input and parameters.

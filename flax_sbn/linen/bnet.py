@@ -1,4 +1,4 @@
-"""BNET as a linen layer."""
+"""BNET as a Linen layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -33,7 +33,7 @@ class ConvNorm(LinearNorm):
         :class:`flax.linen.Conv`.
       kernel_size: extent of the window.
       strides: of the window.
-      padding: any of flax's.
+      padding: any of Flax's.
       input_dilation: of the input.
       kernel_dilation: of the kernel.
       feature_group_count: number of groups of features.

@@ -1,4 +1,4 @@
-"""Variables of plain linen layers as those of folded ones, and back: names and biases.
+"""Variables of plain Linen layers as those of folded ones, and back: names and biases.
 
 What belongs together is what :func:`flax_sbn.linen.switch_report` has traced.
 """

@@ -1,4 +1,4 @@
-"""Diminishing batch norm, as a linen layer."""
+"""Diminishing batch norm, as a Linen layer."""
 
 from flax_sbn.alternatives.diminishing import DiminishingHooks, one_over_steps
 from flax_sbn.alternatives.schedules import Schedule

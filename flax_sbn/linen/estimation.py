@@ -1,4 +1,4 @@
-"""Running statistics of a linen model, measured anew over many batches."""
+"""Running statistics of a Linen model, measured anew over many batches."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Trained linen variables without a norm: plain convolutions with a bias."""
+"""Trained Linen variables without a norm: plain convolutions with a bias."""
 
 import functools
 from typing import Any
@@ -35,7 +35,7 @@ def fold_variables(
     kernels are divided among devices stay, and the biases get those of their features.
 
     Args:
-      model: a linen model.
+      model: a Linen model.
       variables: its trained variables, ``{"params": ..., "batch_stats": ...}``.
       *args: what the model is called with at evaluation; only shapes matter.
       example_inputs: if given, in place of ``args``, the model is evaluated with them

@@ -1,4 +1,4 @@
-"""Filter response normalization and its activation, as linen layers."""
+"""Filter response normalization and its activation, as Linen layers."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The independent-component (IC) layer for linen."""
+"""The independent-component (IC) layer for Linen."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The forward pass of a linen module that also measures its layers' inputs."""
+"""The forward pass of a Linen module that also measures its layers' inputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random keys of a linen layer."""
+"""Random keys of a Linen layer."""
 
 import jax
 from flax import linen as nn

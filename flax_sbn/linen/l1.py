@@ -1,4 +1,4 @@
-"""L1-norm batch norm as a linen layer."""
+"""L1-norm batch norm as a Linen layer."""
 
 from flax_sbn.alternatives.l1 import L1Hooks
 from flax_sbn.linen.batch_norm import BatchNorm

@@ -1,4 +1,4 @@
-"""What the folded linen layers share: a linear layer and a norm that folds into it."""
+"""What the folded Linen layers share: a linear layer and a norm that folds into it."""
 
 import contextlib
 from collections.abc import Callable, Iterator

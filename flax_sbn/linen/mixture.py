@@ -1,4 +1,4 @@
-"""Mixture normalization, as a linen layer."""
+"""Mixture normalization, as a Linen layer."""
 
 from typing import Any
 

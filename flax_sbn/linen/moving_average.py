@@ -1,4 +1,4 @@
-"""Moving-average batch norm and the centered convolution before it, in linen."""
+"""Moving-average batch norm and the centered convolution before it, in Linen."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ class MovingAverageBatchNorm(nn.Module):
     and ``step``.
 
     The averages of the backward pass are ``psi``, ``(window, C)``, in the collection
-    ``'_overwrite_with_gradient'``. As with flax's fp8 layers, its gradient is its next
+    ``'_overwrite_with_gradient'``. As with Flax's fp8 layers, its gradient is its next
     value: differentiate with respect to ``{"params": ...,
     "_overwrite_with_gradient": ...}`` and hand the gradients to
     :class:`flax.training.train_state.TrainState`, which overwrites; keep ``psi`` from

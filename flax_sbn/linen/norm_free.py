@@ -1,4 +1,4 @@
-"""A residual block without normalization, for linen."""
+"""A residual block without normalization, for Linen."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Range batch norm as a linen layer."""
+"""Range batch norm as a Linen layer."""
 
 from flax_sbn.alternatives.range_norm import RangeHooks
 from flax_sbn.linen.batch_norm import BatchNorm

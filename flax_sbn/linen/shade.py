@@ -1,4 +1,4 @@
-"""SHADE as a linen layer."""
+"""SHADE as a Linen layer."""
 
 import jax
 from flax import linen as nn

@@ -1,4 +1,4 @@
-"""Any linen model with sampled and folded norms, its source untouched."""
+"""Any Linen model with sampled and folded norms, its source untouched."""
 
 import contextlib
 import contextvars
@@ -55,7 +55,7 @@ def sample_norms(
     output of a :class:`flax.linen.Conv` or :class:`flax.linen.Dense`, and the model is
     compiled, it is folded into that layer, as by :class:`flax_sbn.linen.ConvNorm`.
     Value and gradients are those of the unfolded layers, to rounding. ``init`` and
-    evaluation are the model's own, to the bit. Variables, calls, class name and
+    evaluation are the model's own, bit for bit. Variables, calls, class name and
     checkpoints are the same: the given model is this one's plain form.
 
     Samplers that draw take an rng stream, as in :class:`flax_sbn.linen.BatchNorm`.
@@ -66,8 +66,8 @@ def sample_norms(
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm.
-      norm_types: classes of the model's own that are batch norms as flax's is, with its
-        fields, variables and call. Classes derived from flax's without a call of their
+      norm_types: classes of the model's own that are batch norms as Flax's is, with its
+        fields, variables and call. Classes derived from Flax's without a call of their
         own are switched anyway.
       fuse_relu: whether :func:`jax.nn.relu` is differentiated as
         :func:`flax_sbn.relu` is, which stays fused, while the model runs. The

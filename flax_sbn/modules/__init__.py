@@ -1,1 +1,1 @@
-"""What the modules of linen and nnx share, which knows neither."""
+"""What the modules of Linen and NNX share, which knows neither."""

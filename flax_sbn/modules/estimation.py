@@ -1,6 +1,6 @@
 """Running statistics measured anew: those of all values of many batches.
 
-What :func:`flax_sbn.linen.estimate_statistics` and its like for nnx have in common.
+What :func:`flax_sbn.linen.estimate_statistics` and its like for NNX have in common.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -55,7 +55,7 @@ def add_moments(before: Measured, moments: Moments) -> Measured:
 
 
 class Norm(Protocol):
-    """A batch norm of linen or nnx, flax's or ours, as far as it is measured."""
+    """A batch norm of Linen or NNX, Flax's or ours, as far as it is measured."""
 
     use_running_average: Any
     axis: Any
@@ -69,7 +69,7 @@ def add_call(
     """Returns what all inputs so far amount to, given another call of a norm.
 
     Args:
-      norm: what is called. Its input is measured as a whole, as ours measure (flax's,
+      norm: what is called. Its input is measured as a whole, as ours measure (Flax's,
         mean and variance), unless it evaluates.
       args: what it is called with.
       kwargs: likewise.

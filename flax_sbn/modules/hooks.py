@@ -1,4 +1,4 @@
-"""What a batch norm does in training, in linen as in nnx."""
+"""What a batch norm does in training, in Linen as in NNX."""
 
 from typing import Any, ClassVar
 
@@ -10,9 +10,9 @@ from flax_sbn.statistics import Statistics, update_running
 
 
 class Hooks:
-    """How a batch norm measures, corrects and updates; knows neither linen nor nnx.
+    """How a batch norm measures, corrects and updates; knows neither Linen nor NNX.
 
-    Mixed into the batch norms of both, behind flax's class: its objects can become ours
+    Mixed into the batch norms of both, behind Flax's class: its objects can become ours
     and plain again. A method that does one of these otherwise has hooks of its own
     beside its function in ``alternatives``, mixed into its two layers.
     """
@@ -49,7 +49,7 @@ class Hooks:
         return update_running(running, statistics, self.momentum, std_epsilon=epsilon)
 
     def _as_flax(self: Any) -> bool:
-        """Whether training is that of flax's own layer."""
+        """Whether training is that of Flax's own layer."""
         own = type(self)
         return (
             self.sampler is None

@@ -1,4 +1,4 @@
-"""What switches a model of flax's layers: linen and nnx share all that is here.
+"""What switches a model of Flax's layers: Linen and NNX share all that is here.
 
 A norm recognizes the linear layer before it because its input *is* the very array that
 the layer returned. It then calls :func:`flax_sbn.conv_norm` on the layer's input. The
@@ -118,7 +118,7 @@ def complain_of_no_norm(model: Any, what: str) -> ValueError:
     )
 
 
-# What a class of `norm_types` needs to have of flax's BatchNorm.
+# What a class of `norm_types` needs to have of Flax's BatchNorm.
 _NEEDED = ("momentum", "epsilon", "use_running_average")
 
 

@@ -15,7 +15,7 @@ from flax_sbn.nnx.modes import evaluates
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 
-# As it is now: nnx.tabulate and nnx.capture replace it where flax's own layer is in the
+# As it is now: nnx.tabulate and nnx.capture replace it where Flax's own layer is in the
 # model as well, and would take it for a call of its own.
 _flax_call = nnx.BatchNorm.__call__
 
@@ -31,13 +31,13 @@ class BatchNorm(nnx.BatchNorm, Hooks):
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
     Positions are drawn from the rng stream ``'sampling'``, forked from ``rngs`` when
-    the layer is made, anew in each layer and step; nothing is drawn at evaluation.
+    the layer is made, for each layer and step; nothing is drawn at evaluation.
     Input and output are ``(N, *spatial, C)``, of any real dtype; running statistics
-    are float32. With ``sampler=None`` this is flax's layer to the bit, and
-    parameters and statistics always have flax's names: checkpoints load either way.
+    are float32. With ``sampler=None`` this is Flax's layer bit for bit, and
+    parameters and statistics always have Flax's names: checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
-    statistics and leaves them as they are; with ``sampler=None`` its output is flax's,
+    statistics and leaves them as they are; with ``sampler=None`` its output is Flax's,
     NaN. Samples are measured in float32 or wider, as exactly as in two passes, whatever
     ``use_fast_variance`` says.
 

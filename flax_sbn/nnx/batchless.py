@@ -1,4 +1,4 @@
-"""Batchless normalization as an nnx layer, and its start from data."""
+"""Batchless normalization as an NNX layer, and its start from data."""
 
 from typing import Any
 
@@ -38,7 +38,7 @@ class BatchlessNorm(nnx.Module):
     Args:
       num_features: number of features ``C``.
       use_running_average: sow nothing (evaluation). There is no average: the name is
-        that of flax's batch normalization, which ``model.eval()`` sets.
+        that of Flax's batch normalization, which ``model.eval()`` sets.
       axis: the feature axis.
       epsilon: added to the variance.
       dtype: dtype of the result; by default that of the input and parameters.

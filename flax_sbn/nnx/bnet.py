@@ -1,4 +1,4 @@
-"""BNET as an nnx layer."""
+"""BNET as an NNX layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

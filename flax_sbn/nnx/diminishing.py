@@ -1,4 +1,4 @@
-"""Diminishing batch norm, as an nnx layer."""
+"""Diminishing batch norm, as an NNX layer."""
 
 from typing import Any
 

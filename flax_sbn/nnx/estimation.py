@@ -1,4 +1,4 @@
-"""Running statistics of an nnx model, measured anew over many batches."""
+"""Running statistics of an NNX model, measured anew over many batches."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -119,7 +119,7 @@ _CHANGING = (_Measured, nnx.RngState)
 def _measuring(norm: Any) -> type:
     """Returns a class of norms that also measure their input.
 
-    Measured is what the call of flax's class or of ours gets: classes that are derived
+    Measured is what the call of Flax's class or of ours gets: classes that are derived
     from them may be called otherwise.
     """
     base = BatchNorm if issubclass(norm, BatchNorm) else nnx.BatchNorm

@@ -1,4 +1,4 @@
-"""Trained nnx models without a norm: plain convolutions with a bias."""
+"""Trained NNX models without a norm: plain convolutions with a bias."""
 
 from typing import Any, TypeVar, cast
 

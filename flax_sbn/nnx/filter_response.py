@@ -1,4 +1,4 @@
-"""Filter response normalization and its activation, as nnx layers."""
+"""Filter response normalization and its activation, as NNX layers."""
 
 import jax
 import jax.numpy as jnp

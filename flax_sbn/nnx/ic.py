@@ -1,4 +1,4 @@
-"""The independent-component (IC) layer for nnx."""
+"""The independent-component (IC) layer for NNX."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The forward pass of an nnx module that also measures its layers' inputs."""
+"""The forward pass of an NNX module that also measures its layers' inputs."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def call_with_inputs(
     is called more than once gives the statistics of all its inputs. ``nnx.jit`` and
     ``nnx.remat`` inside of the model are fine.
 
-    nnx cannot intercept calls. So the layers get another class, and a variable, for as
+    NNX cannot intercept calls. So the layers get another class, and a variable, for as
     long as the call takes: the model must be open to changes, as it has to be for batch
     norm (not from outside of the ``jit`` or ``grad`` that traces the call).
 
@@ -102,5 +102,5 @@ def _is_measured(module: Any) -> bool:
 
 
 def set_class(layer: Any, to: type) -> None:
-    """Changes the class of a layer past nnx, which would make it an attribute."""
+    """Changes the class of a layer past NNX, which would make it an attribute."""
     object.__setattr__(layer, "__class__", to)

@@ -1,4 +1,4 @@
-"""Random keys of an nnx layer."""
+"""Random keys of an NNX layer."""
 
 import jax
 from flax import nnx

@@ -1,4 +1,4 @@
-"""L1-norm batch norm as an nnx layer."""
+"""L1-norm batch norm as an NNX layer."""
 
 from flax_sbn.alternatives.l1 import L1Hooks
 from flax_sbn.nnx.batch_norm import BatchNorm

@@ -1,4 +1,4 @@
-"""What the folded nnx layers share: a linear layer and a norm that folds into it."""
+"""What the folded NNX layers share: a linear layer and a norm that folds into it."""
 
 import inspect
 from typing import Any, ClassVar

@@ -34,6 +34,6 @@ def sow_loss(module: nnx.Module, name: str, value: jax.Array) -> None:
       name: of the loss.
       value: a scalar.
     """
-    # Elsewhere flax's sow sets an attribute, which would grow from call to call.
+    # Elsewhere Flax's sow sets an attribute, which would grow from call to call.
     if hasattr(module, "__captures__"):
         module.sow(Loss, name, value)

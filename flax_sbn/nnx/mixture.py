@@ -1,4 +1,4 @@
-"""Mixture normalization, as an nnx layer."""
+"""Mixture normalization, as an NNX layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Whether an nnx layer trains or evaluates."""
+"""Whether an NNX layer trains or evaluates."""
 
 from typing import Any
 

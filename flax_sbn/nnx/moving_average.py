@@ -1,4 +1,4 @@
-"""Moving-average batch norm and the centered convolution before it, in nnx."""
+"""Moving-average batch norm and the centered convolution before it, in NNX."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ _conv_call = nnx.Conv.__call__
 
 
 class OverwriteWithGradient(nnx.Variable[Any]):
-    """A variable whose gradient is its next value; linen has a collection of the name.
+    """A variable whose gradient is its next value; Linen has a collection of the name.
 
     It is no :class:`flax.nnx.Param`, so that optimizers leave it alone. Differentiate
     with respect to both, and write the gradient back.
@@ -207,7 +207,7 @@ class CenteredConv(nnx.Conv):
 
 
 def _centered(layer: Any) -> Any:
-    """Returns a copy, its kernel centered, for flax's own call to compute with."""
+    """Returns a copy, its kernel centered, for Flax's own call to compute with."""
     graph, state = nnx.split(layer)
     kernel: Any = state["kernel"]
     state["kernel"] = kernel.replace(center_kernel(kernel[...], mask=layer.mask))

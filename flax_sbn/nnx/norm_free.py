@@ -1,4 +1,4 @@
-"""A residual block without normalization, for nnx."""
+"""A residual block without normalization, for NNX."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Range batch norm as an nnx layer."""
+"""Range batch norm as an NNX layer."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""SHADE as an nnx layer."""
+"""SHADE as an NNX layer."""
 
 import jax
 from flax import nnx

@@ -1,4 +1,4 @@
-"""Any nnx model with sampled and folded norms, in place, its source untouched."""
+"""Any NNX model with sampled and folded norms, in place, its source untouched."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from flax_sbn.sampling import Sampler, needs_key
 
 M = TypeVar("M", bound=nnx.Module)
 
-# What a copy of flax's class may lack.
+# What a copy of Flax's class may lack.
 _DEFAULTS = {
     "axis": -1,
     "axis_name": None,
@@ -26,7 +26,7 @@ _DEFAULTS = {
     "dtype": None,
     "promote_dtype": staticmethod(promote_dtype),
 }
-# Attributes that a switched norm has, and flax's has not.
+# Attributes that a switched norm has, and Flax's has not.
 _OURS = (
     "sampler",
     "running_weight",
@@ -55,7 +55,7 @@ def sample_norms(
     of a :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`, and the call is compiled,
     it is folded into that layer, as by :class:`flax_sbn.nnx.ConvNorm`. Value and
     gradients are those of the unfolded layers, to rounding. Evaluation is the model's
-    own, to the bit.
+    own, bit for bit.
 
     Objects stay the objects that they are and only change class. Paths, parameters,
     statistics, shared layers, checkpoints and an optimizer's state are untouched, so
@@ -71,10 +71,10 @@ def sample_norms(
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm.
-      norm_types: classes of the model's own that are batch norms as flax's is, with its
+      norm_types: classes of the model's own that are batch norms as Flax's is, with its
         attributes, of which those beyond parameters, statistics, ``momentum``,
         ``epsilon`` and ``use_running_average`` may be missing, and its call. Classes
-        derived from flax's without a call of their own are switched anyway.
+        derived from Flax's without a call of their own are switched anyway.
       rng_collection: see :class:`flax_sbn.nnx.BatchNorm`.
 
     Returns:

@@ -119,7 +119,7 @@ class WSDense(nnx.Linear):
 
 
 def _standardized(layer: Any) -> Any:
-    """Returns a copy, its kernel standardized, for flax's own call to compute with."""
+    """Returns a copy, its kernel standardized, for Flax's own call to compute with."""
     graph, state = nnx.split(layer)
     kernel: Any = state["kernel"]
     mask = getattr(layer, "mask", None)

@@ -342,7 +342,7 @@ def _by_path(tree: Any) -> dict[tuple[str, ...], Any]:
     leaves, _ = tree_flatten_with_path(
         tree, is_leaf=lambda node: isinstance(node, InputStatistics)
     )
-    # Variables of nnx and boxed parameters of linen are no level of their own.
+    # Variables of NNX and boxed parameters of Linen are no level of their own.
     return {
         tuple(keystr((k,), simple=True) for k in path if k != GetAttrKey("value")): leaf
         for path, leaf in leaves
