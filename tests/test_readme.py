@@ -147,7 +147,7 @@ def test_accuracies_of_the_main_study_are_those_of_the_committed_results() -> No
     assert (
         f"a ResNet-8 reaches {bn} with batch norm and {lattice} with the lattice, and "
         f"its last loss is {loss} from batch norm's of the same seed "
-        f"([{words[count]} trainings each]"
+        f"([{words[count]} training runs each]"
     ) in " ".join(README.split())
 
 
