@@ -32,21 +32,22 @@ from rich.progress import (
 from rich.table import Table
 
 from harness import grid, journal, tasks
+from harness.command_line import Parser
 from harness.data import DataError
 from harness.grid import Experiment, experiment_of, setting_of, varied
 from harness.journal import JournalError, Record
 from harness.measuring import check_positive, describe_device
+from harness.options import help_of
 from harness.training import DeviceData, Trainer, to_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="examples:\n"
         "  sweep.py --norm bn bs:4 fs:1/64 --seed 0 1 2 --results digits.jsonl\n"
         "  sweep.py --grid study.toml --seed 0 --results study.jsonl --jobs 2\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--results",
@@ -82,17 +83,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seeds of one setting that train side by side in each training, by vmap: "
         "faster for dense layers, slower for convolutions (default: 1)",
     )
-    options = parser.add_argument_group(
-        "the grid", "Each takes one value or several; in parentheses the default."
-    )
+    options = parser.add_argument_group("the grid", "Each takes one value or several.")
     default = Experiment()
     for name in grid.OPTIONS:
         options.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",
             type=_value,
-            metavar="VALUE",
-            help=f"({getattr(default, name)})",
+            metavar="X",
+            help=help_of(name, getattr(default, name)),
         )
     args = parser.parse_args(argv)
     check_positive(parser, args, "jobs", "together")

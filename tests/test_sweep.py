@@ -59,7 +59,7 @@ def test_a_norm_may_be_written_as_in_python():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"norms": "bn"}, "options among .* got norms"),
+        ({"norms": "bn"}, "an option, got 'norms'. Did you mean norm?"),
         ({"norm": "xn"}, "Expected a method"),
         ({"norm": []}, "at least one value of norm"),
         ({"model": "vgg"}, "model among .*resnet8.* got 'vgg'"),

@@ -272,7 +272,11 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch, capsys) -> None
     [
         (["--norm", "bs:1000"], r"num_samples=1000 and batch size 128"),
         (["--norm", "fs", "--model", "mlp"], "Use LatticeSampling or BatchSampling"),
-        (["--norm", "nonsense"], "Expected a method"),
+        (["--norm", "zzz"], "Expected a method among bn, flax"),
+        (["--norm", "latice:4"], "Did you mean lattice?"),
+        (["--norm", "latice+vdn:4"], "'latice'. Did you mean lattice?"),
+        (["--norm", "gn+vdn"], "Expected a sampler among lattice, ns"),
+        (["--sampler", "BatchSample(8)"], "Did you mean BatchSampling?"),
         (["--sampler", "BatchSampling(0)"], "num_samples=0"),
         (["--batch-size", "5000"], "batch_size=5000"),
         (["--model", "resnet18", "--api", "nnx"], "Expected one of the nnx models"),
@@ -293,13 +297,20 @@ def test_bad_input_is_one_line_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "argv", [["--epochs", "0"], ["--dataset", "cifar10"], ["--model", "vgg"]]
+    ("argv", "message"),
+    [
+        (["--epochs", "0"], "must be at least 1"),
+        (["--dataset", "cifar10"], "go together"),
+        (["--model", "vgg"], "Expected a name among resnet8, "),
+        (["--model", "ResNet-8"], "Did you mean resnet8?"),
+        (["--lerning-rate=1"], "Did you mean --learning-rate?"),
+    ],
 )
-def test_bad_options_are_told_by_the_parser(argv, capsys) -> None:
+def test_bad_options_are_told_by_the_parser(argv, message, capsys) -> None:
     with pytest.raises(SystemExit) as error:
         train.main(argv)
     assert error.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:
