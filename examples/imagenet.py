@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = str(error)
     if problem := processes.agree(args, problem):
         return fail(problem, 2)
-    console.print(f"Logs and checkpoints: {folder}")
+    console.print(f"Logs and checkpoints: {folder}", soft_wrap=True)
     settings = to_continue(args, training)
     with contextlib.closing(
         Checkpoints(folder / "checkpoints", settings, args.keep)

@@ -233,11 +233,11 @@ def train(
             epochs.append(now)
             if advance:
                 advance(len(seeds) / trainer.settings.epochs)
-    rates = [now[0].images_per_second for now in epochs]
+    speeds = [now[0].images_per_second for now in epochs]
+    rates = [speed for speed in speeds if speed is not None]
     common = {
         "seconds": (time.monotonic() - begin) / len(seeds),
-        # The first epoch compiles, unless another seed did.
-        "images_per_second": statistics.median(rates),
+        "images_per_second": statistics.median(rates) if rates else None,
         "together": len(seeds),
         "measured": trainer.learner.measured,
         **describe_device(),

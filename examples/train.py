@@ -26,7 +26,7 @@ from harness.data import DataError, Dataset
 from harness.measuring import check_positive, describe_device, interleaved, median_ratio
 from harness.networks import Settings
 from harness.options import COUNTS, add_option, add_settings, help_of, settings_of
-from harness.progress import progress_bar
+from harness.progress import numbers, progress_bar
 from harness.training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
@@ -220,9 +220,12 @@ def train_one(
         progress.update(
             task,
             completed=before + now.epoch - 1 + now.step / now.steps,
-            numbers=f"epoch {now.epoch}/{trainer.settings.epochs}  "
-            f"loss {now.loss:.3f}  accuracy {now.accuracy:.1%}  "
-            f"{now.images_per_second:,.0f} images/s",
+            numbers=numbers(
+                f"{now.epoch}/{trainer.settings.epochs}",
+                now.loss,
+                now.accuracy,
+                now.images_per_second,
+            ),
         )
         run.seconds = time.monotonic() - begin
         if now.test_accuracy is not None:

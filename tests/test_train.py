@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -311,6 +312,17 @@ def test_bad_options_are_told_by_the_parser(argv, message, capsys) -> None:
         train.main(argv)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_speed_leaves_out_the_time_to_compile() -> None:
+    begin = time.monotonic()
+    first = next(e for e in small_trainer("bn", model="mlp").train(0) if e.done)
+    assert first.images_per_second > 256 / (time.monotonic() - begin)
+    settings = Settings(model="mlp", epochs=2)
+    trainer = Trainer(settings, methods.parse("bn"), DIGITS, most_steps=2)
+    one, two = (epoch.images_per_second for epoch in trainer.train(0) if epoch.done)
+    assert one is None
+    assert two > 0
 
 
 def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:
