@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -38,6 +39,7 @@ from harness.grid import Experiment, experiment_of, setting_of, varied
 from harness.journal import JournalError, Record
 from harness.measuring import check_positive, describe_device
 from harness.options import help_of
+from harness.progress import outcome
 from harness.training import DeviceData, Trainer, to_device
 
 
@@ -156,9 +158,10 @@ def run(
             for record in trained(todo, args, advance):
                 results.append(record)
                 options = record["experiment"]
+                accuracy = f"test accuracy {record['test_accuracy'][-1]:.1%}"
                 live.console.print(
                     ", ".join(f"{name} {options[name]}" for name in varied(wanted))
-                    + f": test accuracy {record['test_accuracy'][-1]:.1%}, "
+                    + f": {'diverged' if diverged(record) else accuracy}, "
                     f"{record['seconds']:.0f} s"
                 )
                 before += 1
@@ -167,7 +170,8 @@ def run(
             status = 130
     if status:
         console.print("Interrupted; start it again to go on.")
-    console.print(summary(results.records, wanted))
+    if before:
+        console.print(summary(results.records, wanted))
     return status
 
 
@@ -276,28 +280,37 @@ def load(
     return to_device(dataset.resized(image_size) if image_size else dataset)
 
 
+def diverged(record: Record) -> bool:
+    """Whether the loss is not finite in the end."""
+    return not math.isfinite(record["train_loss"][-1])
+
+
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:
     """Returns a row a setting: mean and spread over its seeds so far."""
-    accuracies: dict[Experiment, list[float]] = {
+    done: dict[Experiment, list[Record]] = {
         setting_of(experiment): [] for experiment in wanted
     }
     asked = set(wanted)
     for record in records:
         experiment = experiment_of(record)
         if experiment in asked:
-            accuracies[setting_of(experiment)].append(record["test_accuracy"][-1])
-    names = varied(list(accuracies))
+            done[setting_of(experiment)].append(record)
+    names = varied(list(done))
     table = Table()
     for name in names:
         table.add_column(name)
     table.add_column("seeds", justify="right")
     table.add_column("test accuracy", justify="right")
-    for setting, found in accuracies.items():
-        spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+    for setting, found in done.items():
+        ended = [r["test_accuracy"][-1] for r in found if not diverged(r)]
         table.add_row(
             *(str(getattr(setting, name)) for name in names),
             str(len(found)),
-            f"{statistics.mean(found):.1%}{spread}" if found else "-",
+            outcome(
+                statistics.mean(ended) if ended else None,
+                statistics.stdev(ended) if len(ended) > 1 else None,
+                len(found) - len(ended),
+            ),
         )
     return table
 

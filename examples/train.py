@@ -139,11 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_count() == 1:  # others would take turns in another order
             report.relative_time = time_steps(trainers)
     except KeyboardInterrupt:
+        if not any(run.test_accuracy for run in report.runs):
+            if folder:
+                folder.rmdir()
+            raise
         status = 130
         console.print("Interrupted; these are the results so far.")
     report.write()
     console.print(report.table())
-    console.print(f"Curves and numbers: {folder}")
+    console.print(f"Results: {folder}", soft_wrap=True)
     return status
 
 
@@ -202,9 +206,10 @@ def train_all(
         train_one(trainer, run, progress, task, done * args.epochs)
         run.complete = True
         report.write()
+        accuracy = f"test accuracy {run.test_accuracy[-1]:.1%}"
         progress.console.print(
-            f"{done + 1:3d}/{total}  {run.method}, seed {seed}: test accuracy "
-            f"{run.test_accuracy[-1]:.1%}, {run.seconds:.0f} s"
+            f"{done + 1:3d}/{total}  {run.method}, seed {seed}: "
+            f"{'diverged' if run.diverged else accuracy}, {run.seconds:.0f} s"
         )
 
 

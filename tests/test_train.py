@@ -4,13 +4,16 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import re
+import sys
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import flax_sbn as sbn
 import train
@@ -312,6 +315,54 @@ def test_bad_options_are_told_by_the_parser(argv, message, capsys) -> None:
         train.main(argv)
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No PIL", name="PIL.Image"), "install '.[examples]'\n"),
+        (KeyboardInterrupt(), "Interrupted.\n"),
+        (ModuleNotFoundError("No fla", name="fla"), "ModuleNotFoundError: No fla\n"),
+    ],
+)
+def test_a_script_that_ends_early_says_why(error, message, capsys) -> None:
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_ctrl_c_before_any_result_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_one", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--norm", "bn", "--out", str(out), *SMALL])
+    assert not out.exists()
+    assert not capsys.readouterr().out
+
+
+def test_runs_that_diverged_are_marked_and_have_no_curve(tmp_path) -> None:
+    report = Report(tmp_path, {"title": "", "test_images": 10}, {"bn": 1.0, "gn": None})
+    for method, loss in (("bn", 1.0), ("bn", math.nan), ("gn", math.inf)):
+        report.runs.append(Run(method, 0, [9.0, loss], [0.5] * 2, [0.5] * 2))
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(report.table())
+    assert re.search(r"bn .* 50.0%, 1 diverged .*\n.* gn .* diverged", shown.get())
+    report.write()
+    assert (tmp_path / "curves.png").exists()
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_comparison_that_diverges_ends_with_its_table(tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    argv = ["--norm", "none", "--learning-rate", "1e30", "--out", str(out), *SMALL]
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "none, seed 0: diverged" in printed
+    assert re.search(r"│ none .* diverged", printed)
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.csv"}
 
 
 def test_a_speed_leaves_out_the_time_to_compile() -> None:
