@@ -80,7 +80,8 @@ traffic scaling:
 
 # Of what is committed: no stray file gets in. The wheel is built from the sdist.
 dist: $(VENV)/.installed-dist
-	@test -z "$$(git status --porcelain)" || (git status --short && exit 1)
+	@test -z "$$(git status --porcelain)" || \
+	  (echo "Commit or remove these first:"; git status --short; exit 1)
 	rm -rf dist
 	$(VENV)/bin/python -m build
 	new=$$(mktemp -d) && trap "rm -rf $$new" EXIT && $(PYTHON) -m venv $$new && \
