@@ -5,7 +5,7 @@ JOBS ?= 2
 ARGS ?=
 FLAX ?= ../flax
 
-.PHONY: help demo lint test quick test-lowest mutants flax-tests docs bench traffic scaling format clean
+.PHONY: help demo lint test quick test-lowest mutants flax-tests docs bench traffic scaling dist format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench        time layers and training steps on this device"
 	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
 	@echo "make scaling      compile for 1, 8 and 64 of them; add up what they send each other"
+	@echo "make dist         build the wheel and the sdist; try the wheel in an empty environment"
 	@echo "make format       format the code"
 	@echo "ARGS='...' passes options on: make demo ARGS='--help'"
 
@@ -77,9 +78,19 @@ traffic scaling:
 	$(MAKE) .venv-traffic/.installed-traffic VENV=.venv-traffic
 	.venv-traffic/bin/python benchmarks/compiled/$@.py $(ARGS)
 
+# Of what is committed: no stray file gets in. The wheel is built from the sdist.
+dist: $(VENV)/.installed-dist
+	@test -z "$$(git status --porcelain)" || \
+	  (echo "Commit or remove these first:"; git status --short; exit 1)
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	new=$$(mktemp -d) && trap "rm -rf $$new" EXIT && $(PYTHON) -m venv $$new && \
+	  $$new/bin/pip install --quiet dist/*.whl && cp tests/smoke.py $$new && \
+	  cd $$new && bin/python smoke.py
+
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf .venv .venv-lowest .venv-traffic docs/_build
+	rm -rf .venv .venv-lowest .venv-traffic dist docs/_build

@@ -19,11 +19,12 @@ from rich.console import Console
 import flax_sbn as sbn
 from harness import methods, processes
 from harness.checkpoints import CheckpointError, Checkpoints
+from harness.command_line import Parser
 from harness.comparison import new_folder
 from harness.data import DataError
 from harness.measuring import add_counts, check_positive
 from harness.networks import Settings
-from harness.options import COUNTS, add_settings, settings_of
+from harness.options import COUNTS, add_option, add_settings, settings_of
 from harness.pipeline import DiskInput, FakeInput, Input, find
 from harness.resumable import DivergedError, Training
 
@@ -40,14 +41,13 @@ _DEFAULT = Settings(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="examples:\n"
         "  imagenet.py DIR --out runs/fs                   # all devices there are\n"
         "  imagenet.py DIR --out runs/fs --norm bn         # batch norm, instead\n"
         "  imagenet.py DIR --out runs/fs --distributed     # in a Slurm job or pod\n"
         "  imagenet.py --fake-data --max-steps 200         # speed without input\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -87,15 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     how = parser.add_argument_group("how to train")
-    how.add_argument(
-        "--norm",
-        default="lattice",
-        metavar="NAME",
-        help="as in train.py, or a sampler as in Python (default: %(default)s)",
-    )
-    how.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="(default: %(default)s)"
-    )
+    add_option(how, "norm", "lattice", metavar="NAME")
+    add_option(how, "seed", 0)
     add_settings(how, _DEFAULT)
     how.add_argument(
         "--max-steps", type=int, metavar="N", help="end after this step of the schedule"
@@ -116,7 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         log_every=(20, "steps between entries of the log"),
     )
     where.add_argument(
-        "--devices", type=int, metavar="N", help="(default: all there are)"
+        "--devices", type=int, metavar="N", help="how many (default: all there are)"
     )
     processes.add_option(where)
     args = parser.parse_args(argv)
@@ -198,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = str(error)
     if problem := processes.agree(args, problem):
         return fail(problem, 2)
-    console.print(f"Logs and checkpoints: {folder}")
+    console.print(f"Logs and checkpoints: {folder}", soft_wrap=True)
     settings = to_continue(args, training)
     with contextlib.closing(
         Checkpoints(folder / "checkpoints", settings, args.keep)

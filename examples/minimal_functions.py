@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install '.[examples]'
 
 import flax_sbn as sbn
 

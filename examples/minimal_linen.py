@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits  # pip install '.[examples]'
 
 import flax_sbn as sbn
 

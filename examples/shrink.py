@@ -5,7 +5,6 @@ Folders and names stay. Originals are left alone, and so is what is there alread
 same command goes on where an earlier one ended. Pixels differ from the originals'.
 """
 
-import argparse
 import collections
 import io
 import math
@@ -16,6 +15,9 @@ from collections.abc import Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+from harness.command_line import Parser  # first: it says which package is missing
+
+# isort: split
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -26,11 +28,7 @@ from harness.measuring import add_counts, check_positive
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if an image could not be read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="example:\n  shrink.py imagenet imagenet-256",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(__doc__, "example:\n  shrink.py imagenet imagenet-256")
     parser.add_argument("source", type=Path, metavar="FROM", help="folder of images")
     parser.add_argument("target", type=Path, metavar="TO", help="folder of the copies")
     add_counts(

@@ -10,6 +10,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import math
 import multiprocessing
 import os
 import statistics
@@ -32,21 +33,23 @@ from rich.progress import (
 from rich.table import Table
 
 from harness import grid, journal, tasks
+from harness.command_line import Parser
 from harness.data import DataError
 from harness.grid import Experiment, experiment_of, setting_of, varied
 from harness.journal import JournalError, Record
 from harness.measuring import check_positive, describe_device
+from harness.options import help_of
+from harness.progress import outcome
 from harness.training import DeviceData, Trainer, to_device
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="examples:\n"
         "  sweep.py --norm bn bs:4 fs:1/64 --seed 0 1 2 --results digits.jsonl\n"
         "  sweep.py --grid study.toml --seed 0 --results study.jsonl --jobs 2\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--results",
@@ -82,17 +85,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="seeds of one setting that train side by side in each training, by vmap: "
         "faster for dense layers, slower for convolutions (default: 1)",
     )
-    options = parser.add_argument_group(
-        "the grid", "Each takes one value or several; in parentheses the default."
-    )
+    options = parser.add_argument_group("the grid", "Each takes one value or several.")
     default = Experiment()
     for name in grid.OPTIONS:
         options.add_argument(
             f"--{name.replace('_', '-')}",
             nargs="+",
             type=_value,
-            metavar="VALUE",
-            help=f"({getattr(default, name)})",
+            metavar="X",
+            help=help_of(name, getattr(default, name)),
         )
     args = parser.parse_args(argv)
     check_positive(parser, args, "jobs", "together")
@@ -157,9 +158,10 @@ def run(
             for record in trained(todo, args, advance):
                 results.append(record)
                 options = record["experiment"]
+                accuracy = f"test accuracy {record['test_accuracy'][-1]:.1%}"
                 live.console.print(
                     ", ".join(f"{name} {options[name]}" for name in varied(wanted))
-                    + f": test accuracy {record['test_accuracy'][-1]:.1%}, "
+                    + f": {'diverged' if diverged(record) else accuracy}, "
                     f"{record['seconds']:.0f} s"
                 )
                 before += 1
@@ -168,7 +170,8 @@ def run(
             status = 130
     if status:
         console.print("Interrupted; start it again to go on.")
-    console.print(summary(results.records, wanted))
+    if before:
+        console.print(summary(results.records, wanted))
     return status
 
 
@@ -234,11 +237,11 @@ def train(
             epochs.append(now)
             if advance:
                 advance(len(seeds) / trainer.settings.epochs)
-    rates = [now[0].images_per_second for now in epochs]
+    speeds = [now[0].images_per_second for now in epochs]
+    rates = [speed for speed in speeds if speed is not None]
     common = {
         "seconds": (time.monotonic() - begin) / len(seeds),
-        # The first epoch compiles, unless another seed did.
-        "images_per_second": statistics.median(rates),
+        "images_per_second": statistics.median(rates) if rates else None,
         "together": len(seeds),
         "measured": trainer.learner.measured,
         **describe_device(),
@@ -277,28 +280,37 @@ def load(
     return to_device(dataset.resized(image_size) if image_size else dataset)
 
 
+def diverged(record: Record) -> bool:
+    """Whether the loss is not finite in the end."""
+    return not math.isfinite(record["train_loss"][-1])
+
+
 def summary(records: list[Record], wanted: list[Experiment]) -> Table:
     """Returns a row a setting: mean and spread over its seeds so far."""
-    accuracies: dict[Experiment, list[float]] = {
+    done: dict[Experiment, list[Record]] = {
         setting_of(experiment): [] for experiment in wanted
     }
     asked = set(wanted)
     for record in records:
         experiment = experiment_of(record)
         if experiment in asked:
-            accuracies[setting_of(experiment)].append(record["test_accuracy"][-1])
-    names = varied(list(accuracies))
+            done[setting_of(experiment)].append(record)
+    names = varied(list(done))
     table = Table()
     for name in names:
         table.add_column(name)
     table.add_column("seeds", justify="right")
     table.add_column("test accuracy", justify="right")
-    for setting, found in accuracies.items():
-        spread = f" ± {statistics.stdev(found):.1%}" if len(found) > 1 else ""
+    for setting, found in done.items():
+        ended = [r["test_accuracy"][-1] for r in found if not diverged(r)]
         table.add_row(
             *(str(getattr(setting, name)) for name in names),
             str(len(found)),
-            f"{statistics.mean(found):.1%}{spread}" if found else "-",
+            outcome(
+                statistics.mean(ended) if ended else None,
+                statistics.stdev(ended) if len(ended) > 1 else None,
+                len(found) - len(ended),
+            ),
         )
     return table
 

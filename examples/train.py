@@ -20,12 +20,13 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from harness import methods, processes, tasks
+from harness.command_line import Parser
 from harness.comparison import Report, Run, new_folder
 from harness.data import DataError, Dataset
 from harness.measuring import check_positive, describe_device, interleaved, median_ratio
 from harness.networks import Settings
-from harness.options import COUNTS, add_settings, settings_of
-from harness.progress import progress_bar
+from harness.options import COUNTS, add_option, add_settings, help_of, settings_of
+from harness.progress import numbers, progress_bar
 from harness.training import Trainer, to_device
 
 _TIMING_ROUNDS = 15
@@ -33,8 +34,8 @@ _TIMING_ROUNDS = 15
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="examples:\n"
         "  train.py                                    # the comparison on digits\n"
         "  train.py --norm bn bs:16 bs:4 bs:1 --seeds 3\n"
@@ -46,18 +47,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "binary8, in linen, whose weights and activations are binary. The others are\n"
         "for ImageNet, in linen. They take smaller images as they are, densenet121\n"
         "from 32 x 32, of which one pixel is left.\n",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what to compare")
     what.add_argument(
         "--norm",
         nargs="+",
         metavar="NAME",
-        help=f"any of {', '.join(methods.NAMES)}; an amount may follow: lattice:4 "
-        "measures about four positions of each map, bs:8 eight images, fs:1/16 that "
-        "share of each map, vdn:4 four virtual images, lattice+vdn:4 two of them, "
-        "brn@lattice Batch Renormalization of a lattice, ghost:8 eight groups, ba:4 "
-        f"four copies (default: {' '.join(methods.DEFAULT)})",
+        help=help_of("norm", " ".join(methods.DEFAULT)),
     )
     what.add_argument(
         "--sampler",
@@ -67,9 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help='samplers as in Python, such as "BatchSampling(8, strata=4)"; they are '
         "compared with those of --norm, which is then bn unless given",
     )
-    what.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="first seed (default: 0)"
-    )
+    add_option(what, "seed", 0, help=f"first {help_of('seed', 0)}")
     what.add_argument(
         "--seeds",
         type=int,
@@ -79,20 +73,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     data = parser.add_argument_group("data")
-    data.add_argument("--dataset", choices=tasks.DATASETS, default="digits")
+    add_option(data, "dataset", "digits")
     data.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
         help="folder with CIFAR-10: its python or binary version, or cifar10_jpeg.npz",
     )
-    data.add_argument(
-        "--train-size", type=int, metavar="N", help="use only N training images"
-    )
+    add_option(data, "train_size", None)
     data.add_argument(
         "--augment",
         action=argparse.BooleanOptionalAction,
-        help="random crops and flips (default: for cifar10)",
+        help=help_of("augment", "for cifar10"),
     )
 
     add_settings(parser.add_argument_group("how to train"), Settings())
@@ -147,11 +139,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if jax.process_count() == 1:  # others would take turns in another order
             report.relative_time = time_steps(trainers)
     except KeyboardInterrupt:
+        if not any(run.test_accuracy for run in report.runs):
+            if folder:
+                folder.rmdir()
+            raise
         status = 130
         console.print("Interrupted; these are the results so far.")
     report.write()
     console.print(report.table())
-    console.print(f"Curves and numbers: {folder}")
+    console.print(f"Results: {folder}", soft_wrap=True)
     return status
 
 
@@ -210,9 +206,10 @@ def train_all(
         train_one(trainer, run, progress, task, done * args.epochs)
         run.complete = True
         report.write()
+        accuracy = f"test accuracy {run.test_accuracy[-1]:.1%}"
         progress.console.print(
-            f"{done + 1:3d}/{total}  {run.method}, seed {seed}: test accuracy "
-            f"{run.test_accuracy[-1]:.1%}, {run.seconds:.0f} s"
+            f"{done + 1:3d}/{total}  {run.method}, seed {seed}: "
+            f"{'diverged' if run.diverged else accuracy}, {run.seconds:.0f} s"
         )
 
 
@@ -228,9 +225,12 @@ def train_one(
         progress.update(
             task,
             completed=before + now.epoch - 1 + now.step / now.steps,
-            numbers=f"epoch {now.epoch}/{trainer.settings.epochs}  "
-            f"loss {now.loss:.3f}  accuracy {now.accuracy:.1%}  "
-            f"{now.images_per_second:,.0f} images/s",
+            numbers=numbers(
+                f"{now.epoch}/{trainer.settings.epochs}",
+                now.loss,
+                now.accuracy,
+                now.images_per_second,
+            ),
         )
         run.seconds = time.monotonic() - begin
         if now.test_accuracy is not None:

@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--count", type=int, default=120, metavar="N", help="mutants")
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draw")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="files whose path has this in it"

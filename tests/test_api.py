@@ -7,7 +7,8 @@ import pytest
 
 import flax_sbn as sbn
 
-PAGE = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "api.md").read_text()
 NAMESPACES = {
     "flax_sbn": sbn,
     "flax_sbn.alternatives": sbn.alternatives,
@@ -34,6 +35,12 @@ def documented() -> set[str]:
 def test_every_public_name_is_documented(namespace):
     names = {f"{namespace}.{name}" for name in NAMESPACES[namespace].__all__}
     assert names - documented() - NAMESPACES.keys() == set()
+
+
+@pytest.mark.parametrize("line", ["CITATION.cff: version: ", "CHANGELOG.md: ## "])
+def test_the_version_is_the_same_everywhere(line):
+    file, begin = line.split(": ", 1)
+    assert f"\n{begin}{sbn.__version__}" in (ROOT / file).read_text()
 
 
 def test_linen_and_nnx_have_the_same_layers():

@@ -75,6 +75,9 @@ def arrays(out):
 def test_a_training_logs_every_step_and_every_evaluation(whole) -> None:
     losses = pictures.logged(whole)
     assert [*losses] == [*range(1, STEPS + 1)]
+    speeds = pictures.logged(whole, "train/images_per_second")
+    assert [*speeds] == [*range(2, STEPS + 1)]  # the first step compiles
+    assert min(*speeds.values()) > [0]
     accuracies = pictures.logged(whole, "test/top1")
     assert [*accuracies] == [3, 6, 9]
     assert set(np.concatenate([*pictures.logged(whole, "test/top5").values()])) == {1}
@@ -273,7 +276,12 @@ def test_eight_devices_train_on_noise(tmp_path, capsys, more) -> None:
     argv = ["--fake-data", "--out", str(tmp_path), *SMALL, "--devices", "8"]
     argv += ["--norm", "bn", "--max-steps", "2", "--num-classes", "3", *more]
     assert imagenet.main(argv) == 0
-    assert np.isfinite([*pictures.logged(tmp_path).values()]).all()
+    losses = pictures.logged(tmp_path)
+    assert np.isfinite([*losses.values()]).all()
+    found = re.search(
+        r"step 2: .*loss (\S+)  train acc \S+%  \S+ images/s", capsys.readouterr().out
+    )
+    assert float(found[1]) == pytest.approx(losses[2][0], abs=6e-4)
     assert steps_kept(tmp_path) == [2]
 
 

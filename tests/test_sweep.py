@@ -59,7 +59,7 @@ def test_a_norm_may_be_written_as_in_python():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"norms": "bn"}, "options among .* got norms"),
+        ({"norms": "bn"}, "an option, got 'norms'. Did you mean norm?"),
         ({"norm": "xn"}, "Expected a method"),
         ({"norm": []}, "at least one value of norm"),
         ({"model": "vgg"}, "model among .*resnet8.* got 'vgg'"),
@@ -145,6 +145,7 @@ def test_a_finished_sweep_needs_no_data(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     (experiment,) = grid.experiments({"dataset": "cifar10"})
     record = {"experiment": dataclasses.asdict(experiment), "test_accuracy": [0.5]}
+    record["train_loss"] = [1.0]
     path.write_text(json.dumps(record) + "\n")
     args = ["--dataset", "cifar10", "--results", str(path)]
     assert sweep.main(args) == 0
@@ -248,6 +249,30 @@ def test_grids_of_a_file_share_what_stands_before_them(tmp_path):
         ("gn", 4, 3),
         ("bn", None, 3),
     ]
+
+
+def test_a_training_that_diverged_is_marked_and_not_averaged():
+    wanted = [Experiment(seed=0), Experiment(seed=1)]
+    records = [
+        {
+            "experiment": dataclasses.asdict(experiment),
+            "train_loss": [1.0, loss],
+            "test_accuracy": [0.1, 0.5],
+        }
+        for experiment, loss in zip(wanted, (1.0, float("nan")), strict=True)
+    ]
+    table = sweep.summary(records, wanted)
+    assert [*table.columns[-1].cells] == ["50.0%, 1 diverged"]
+
+
+def test_ctrl_c_before_any_result_shows_no_table(tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "train", interrupted)
+    path = tmp_path / "results.jsonl"
+    assert sweep.main([*SMALL, "--norm", "bn", "gn", "--results", str(path)]) == 130
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.parametrize("grids", [3, [3], {"norm": "bn"}])

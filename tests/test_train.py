@@ -4,12 +4,16 @@ import csv
 import dataclasses
 import functools
 import json
+import math
 import re
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 import flax_sbn as sbn
 import train
@@ -272,7 +276,11 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path, monkeypatch, capsys) -> None
     [
         (["--norm", "bs:1000"], r"num_samples=1000 and batch size 128"),
         (["--norm", "fs", "--model", "mlp"], "Use LatticeSampling or BatchSampling"),
-        (["--norm", "nonsense"], "Expected a method"),
+        (["--norm", "zzz"], "Expected a method among bn, flax"),
+        (["--norm", "latice:4"], "Did you mean lattice?"),
+        (["--norm", "latice+vdn:4"], "'latice'. Did you mean lattice?"),
+        (["--norm", "gn+vdn"], "Expected a sampler among lattice, ns"),
+        (["--sampler", "BatchSample(8)"], "Did you mean BatchSampling?"),
         (["--sampler", "BatchSampling(0)"], "num_samples=0"),
         (["--batch-size", "5000"], "batch_size=5000"),
         (["--model", "resnet18", "--api", "nnx"], "Expected one of the nnx models"),
@@ -293,13 +301,79 @@ def test_bad_input_is_one_line_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "argv", [["--epochs", "0"], ["--dataset", "cifar10"], ["--model", "vgg"]]
+    ("argv", "message"),
+    [
+        (["--epochs", "0"], "must be at least 1"),
+        (["--dataset", "cifar10"], "go together"),
+        (["--model", "vgg"], "Expected a name among resnet8, "),
+        (["--model", "ResNet-8"], "Did you mean resnet8?"),
+        (["--lerning-rate=1"], "Did you mean --learning-rate?"),
+    ],
 )
-def test_bad_options_are_told_by_the_parser(argv, capsys) -> None:
+def test_bad_options_are_told_by_the_parser(argv, message, capsys) -> None:
     with pytest.raises(SystemExit) as error:
         train.main(argv)
     assert error.value.code == 2
-    assert "error:" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("No PIL", name="PIL.Image"), "install '.[examples]'\n"),
+        (KeyboardInterrupt(), "Interrupted.\n"),
+        (ModuleNotFoundError("No fla", name="fla"), "ModuleNotFoundError: No fla\n"),
+    ],
+)
+def test_a_script_that_ends_early_says_why(error, message, capsys) -> None:
+    sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err.endswith(message)
+
+
+def test_ctrl_c_before_any_result_leaves_nothing(tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*args) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_one", interrupted)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        train.main(["--norm", "bn", "--out", str(out), *SMALL])
+    assert not out.exists()
+    assert not capsys.readouterr().out
+
+
+def test_runs_that_diverged_are_marked_and_have_no_curve(tmp_path) -> None:
+    report = Report(tmp_path, {"title": "", "test_images": 10}, {"bn": 1.0, "gn": None})
+    for method, loss in (("bn", 1.0), ("bn", math.nan), ("gn", math.inf)):
+        report.runs.append(Run(method, 0, [9.0, loss], [0.5] * 2, [0.5] * 2))
+    console = Console(width=120)
+    with console.capture() as shown:
+        console.print(report.table())
+    assert re.search(r"bn .* 50.0%, 1 diverged .*\n.* gn .* diverged", shown.get())
+    report.write()
+    assert (tmp_path / "curves.png").exists()
+    json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_comparison_that_diverges_ends_with_its_table(tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    argv = ["--norm", "none", "--learning-rate", "1e30", "--out", str(out), *SMALL]
+    assert train.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "none, seed 0: diverged" in printed
+    assert re.search(r"│ none .* diverged", printed)
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.csv"}
+
+
+def test_a_speed_leaves_out_the_time_to_compile() -> None:
+    begin = time.monotonic()
+    first = next(e for e in small_trainer("bn", model="mlp").train(0) if e.done)
+    assert first.images_per_second > 256 / (time.monotonic() - begin)
+    settings = Settings(model="mlp", epochs=2)
+    trainer = Trainer(settings, methods.parse("bn"), DIGITS, most_steps=2)
+    one, two = (epoch.images_per_second for epoch in trainer.train(0) if epoch.done)
+    assert one is None
+    assert two > 0
 
 
 def test_spread_is_the_standard_deviation_over_complete_runs(tmp_path) -> None:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
 from harness import grid
+from harness.command_line import Parser
 from harness.data import DataError, Dataset, load_cifar10
 from harness.learning import hits
 from harness.measuring import add_counts, check_positive, describe_device
@@ -90,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--data-dir", type=Path, required=True, metavar="DIR", help="with CIFAR-10"
     )

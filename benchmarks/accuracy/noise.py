@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
 from accuracy.geometries import Grid, Scattered
+from harness.command_line import Parser
 from harness.data import DataError, Dataset, load_cifar10
 from harness.learning import Learner
 from harness.measuring import add_counts, check_positive, describe_device
@@ -149,9 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--data-dir", type=Path, required=True, metavar="DIR", help="with CIFAR-10"
     )

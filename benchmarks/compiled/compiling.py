@@ -20,6 +20,7 @@ from rich.progress import (
 )
 
 from compiled.targets import TARGETS
+from harness.command_line import add_names
 from harness.measuring import describe_device
 from models import IMAGE_SHAPES
 from speed import timing
@@ -66,23 +67,6 @@ class Result:
 def _cpu_seconds() -> float:
     """CPU time of this process and of compilers that it has started."""
     return time.process_time() + sum(os.times()[2:4])
-
-
-def add_names(
-    parser: argparse.ArgumentParser,
-    option: str,
-    choices: Iterable[str],
-    default: Iterable[str],
-) -> None:
-    """Adds an option that takes any of some names."""
-    parser.add_argument(
-        option,
-        nargs="+",
-        choices=tuple(choices),
-        default=list(default),
-        metavar="NAME",
-        help=f"any of {', '.join(choices)} (default: {', '.join(default)})",
-    )
 
 
 def add_arguments(

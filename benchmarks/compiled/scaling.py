@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from compiled import compiling, targets
 from compiled.collectives import collectives
 from compiled.targets import TARGETS, MissingCompilerError
+from harness.command_line import Parser
 from harness.measuring import check_positive
 from harness.methods import Method
 from reports import tables
@@ -130,8 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="""variants: a normalization, and how the step is divided among devices:
   jit     one program of sharded arrays, statistics of the whole batch
   own     jax.shard_map, statistics of each device's own rows
@@ -141,7 +142,6 @@ examples:
   scaling.py --target v5e --devices 8 --model resnet18
   scaling.py --variant "no norm, jit" "flax BN, jit" "FS 1/64 folded, own"
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compiling.add_arguments(
         parser, targets=("h200",), variants=VARIANTS, default=VARIANTS

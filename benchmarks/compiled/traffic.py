@@ -27,6 +27,7 @@ from compiled import compiling, roofline, targets
 from compiled.explain import explain
 from compiled.kernels import Kernel, kernels
 from compiled.targets import TARGETS, MissingCompilerError
+from harness.command_line import Parser
 from harness.measuring import check_positive
 from reports import tables
 from speed import timing
@@ -95,13 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
+    parser = Parser(
+        __doc__,
         epilog="""examples:
   traffic.py --target v5e --model resnet18 --explain 10
   traffic.py --variant "flax BN" "FS 1/64 folded" "no norm"
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     compiling.add_arguments(
         parser, targets=("h200", "v5e"), variants=VARIANTS, default=_DEFAULT

@@ -6,7 +6,6 @@ statistics, the gradients of other rows, those of the parameters; and whether ma
 the row, or setting it to zero, helps. Prints tables and writes JSON.
 """
 
-import argparse
 import dataclasses
 import functools
 import itertools
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness.command_line import Parser, add_names
 from harness.measuring import describe_device
 from reliability import normalizers
 from reliability.normalizers import FEATURES, METHODS, Method
@@ -86,10 +86,8 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all methods and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--method", nargs="+", choices=tuple(METHODS), metavar="NAME")
+    parser = Parser(__doc__)
+    add_names(parser, "--method", METHODS)
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)
     path = timing.new_path(parser, args.json, "bad-rows-{device}")
@@ -101,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": SHAPE,
         "results": [],
     }
-    for name in args.method or METHODS:
+    for name in args.method:
         timing.say(name)
         results = [
             *(result for fill in FILLS for result in measure(name, fill)),

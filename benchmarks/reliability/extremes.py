@@ -5,7 +5,6 @@ single row, a mask that leaves nothing. The truth is the same layer in float64, 
 same sample. Prints a table and writes JSON.
 """
 
-import argparse
 import dataclasses
 import functools
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
+from harness.command_line import Parser, add_names
 from harness.measuring import describe_device
 from reliability import normalizers
 from reliability.normalizers import FEATURES, METHODS, Method, Options
@@ -107,11 +107,9 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs all methods and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--method", nargs="+", choices=tuple(METHODS), metavar="NAME")
-    parser.add_argument("--case", nargs="+", choices=tuple(CASES), metavar="NAME")
+    parser = Parser(__doc__)
+    add_names(parser, "--method", METHODS)
+    add_names(parser, "--case", CASES)
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)
     path = timing.new_path(parser, args.json, "extremes-{device}")
@@ -122,9 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": SHAPE,
         "results": [],
     }
-    for name in args.method or METHODS:
+    for name in args.method:
         timing.say(name)
-        for case in args.case or CASES:
+        for case in args.case:
             if (result := measure(name, case)) is not None:
                 report["results"].append(dataclasses.asdict(result))
         timing.write(path, report)

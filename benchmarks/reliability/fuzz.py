@@ -5,7 +5,6 @@ those of ``tests/fuzzing.py``, which the tests draw a few of. A failure does not
 run; it is written down, with what repeats it. Prints a table and writes JSON.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness.command_line import Parser
 from harness.measuring import add_counts, describe_device
 from reports import reliability_tables
 from speed import timing
@@ -35,15 +35,13 @@ _KEEP = 100  # compiled programs
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the cases and returns the exit status: 1 if any failed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_counts(
         parser,
         layers=(500, "layers, each a program"),
         data=(6, "inputs of each layer"),
+        seed=(0, "of the layers and inputs"),
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument(
         "--minutes", type=float, metavar="X", help="start no case after so long"
     )

@@ -31,6 +31,7 @@ from tensorboard.util import tensor_util
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness.command_line import Parser
 from harness.data import load_digits
 from harness.measuring import add_counts, check_positive, describe_device
 from speed import timing
@@ -80,7 +81,7 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trials; returns 1 if anything was lost."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(__doc__)
     add_counts(
         parser,
         trials=(50, "interruptions in all"),

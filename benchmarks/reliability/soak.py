@@ -6,7 +6,6 @@ the memory of the process, nor the programs that are compiled. Prints a table an
 JSON.
 """
 
-import argparse
 import gc
 import itertools
 import os
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
+from harness.command_line import Parser
 from harness.measuring import add_counts, check_positive, describe_device
 from harness.methods import Method
 from harness.networks import NETWORKS, Settings, Variables
@@ -43,9 +43,7 @@ METHODS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains all networks and returns the exit status: 1 if anything grew."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_counts(
         parser,
         steps=(5000, "of each network"),

@@ -8,7 +8,6 @@ page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and t
 left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
 
-import argparse
 import collections
 import json
 import re
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness.command_line import Parser
 from reports import (
     curves,
     modes_table,
@@ -61,9 +61,7 @@ class Page(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Updates or checks the pages and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing")
     parser.add_argument(
         "--root", type=Path, default=ROOT, metavar="DIR", help="of the repository"

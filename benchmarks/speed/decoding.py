@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import crops
+from harness.command_line import Parser
 from harness.measuring import (
     add_counts,
     check_positive,
@@ -86,9 +87,7 @@ class Result:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--decoders",
         nargs="*",

@@ -10,7 +10,6 @@ then run in turns, so that whatever else the machine does hits all alike; a rati
 median of the rounds' ratios. Prints a table and writes JSON, anew after each shape.
 """
 
-import argparse
 import dataclasses
 import statistics
 import sys
@@ -27,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
+from harness.command_line import Parser, add_names, one_of
 from harness.measuring import describe_device, interleaved, median_ratio
 from models.linen_units import LinenUnits
 from reports import tables
@@ -92,17 +92,21 @@ class Result:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark and returns the exit status."""
     on_cpu = jax.default_backend() == "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--what",
+        type=one_of(_LAYERS),
+        default="norm",
+        metavar="NAME",
+        help=f"one of {', '.join(_LAYERS)} (default: %(default)s)",
     )
-    parser.add_argument("--what", choices=tuple(_LAYERS), default="norm")
-    parser.add_argument("--shape", nargs="+", choices=tuple(LAYER_SHAPES))
+    add_names(parser, "--shape", LAYER_SHAPES, ())
     parser.add_argument(
         "--batch-size",
         type=int,
         default=32 if on_cpu else 256,
         metavar="N",
-        help="rows (default: %(default)s)",
+        help="images (default: %(default)s)",
     )
     parser.add_argument(
         "--dtype",

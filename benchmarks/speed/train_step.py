@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness.command_line import Parser, add_names
 from harness.measuring import check_positive, describe_device, interleaved, median_ratio
 from models import IMAGE_SHAPES
 from reports import tables
@@ -152,17 +153,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line; defaults fit the device."""
     on_cpu = jax.default_backend() == "cpu"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
+    parser = Parser(__doc__)
+    add_names(
+        parser,
         "--model",
-        nargs="+",
-        choices=tuple(IMAGE_SHAPES),
-        default=["resnet20"] if on_cpu else ["resnet50", "resnet18", "densenet121"],
-        metavar="NAME",
-        help=f"any of {', '.join(IMAGE_SHAPES)}; the most important first "
-        "(default: %(default)s)",
+        IMAGE_SHAPES,
+        ["resnet20"] if on_cpu else ["resnet50", "resnet18", "densenet121"],
     )
     parser.add_argument(
         "--batch-size",
@@ -172,14 +168,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="images in a step (default: %(default)s)",
     )
-    parser.add_argument(
-        "--variant",
-        nargs="+",
-        choices=tuple(VARIANTS),
-        default=list(_DEFAULT),
-        metavar="NAME",
-        help=f"any of {', '.join(VARIANTS)} (default: %(default)s)",
-    )
+    add_names(parser, "--variant", VARIANTS, _DEFAULT)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),

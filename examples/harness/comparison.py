@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import itertools
 import json
+import math
 import os
 import statistics
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
+
+from harness.progress import outcome
 
 # Okabe & Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
@@ -36,6 +39,11 @@ class Run:
     test_accuracy: list[float] = dataclasses.field(default_factory=list)
     seconds: float = 0.0
     complete: bool = False
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the loss is not finite in the end."""
+        return bool(self.loss) and not math.isfinite(self.loss[-1])
 
 
 @dataclasses.dataclass
@@ -62,12 +70,18 @@ class Report:
         for method, measured in self.measured.items():
             runs = [run for run in self.runs if run.method == method]
             runs = [run for run in runs if run.complete] or runs
-            finals = [run.test_accuracy[-1] for run in runs if run.test_accuracy]
+            diverged = sum(run.diverged for run in runs)
+            finals = [
+                run.test_accuracy[-1]
+                for run in runs
+                if run.test_accuracy and not run.diverged
+            ]
             rows.append(
                 {
                     "method": method,
                     "measured": measured,
                     "seeds": sum(run.complete for run in runs),
+                    "diverged": diverged,
                     "test_accuracy": statistics.mean(finals) if finals else None,
                     "spread": statistics.stdev(finals) if len(finals) > 1 else None,
                     "relative_time": self.relative_time.get(method),
@@ -82,7 +96,11 @@ class Report:
         results = {
             **self.about,
             "methods": self.rows(),
-            "runs": [dataclasses.asdict(run) for run in self.runs],
+            "runs": [
+                dataclasses.asdict(run)
+                | {"loss": [x if math.isfinite(x) else None for x in run.loss]}
+                for run in self.runs
+            ],
         }
         with _replacing(self.folder / "results.json") as path:
             path.write_text(json.dumps(results, indent=2) + "\n")
@@ -93,7 +111,7 @@ class Report:
             writer = csv.DictWriter(file, fieldnames=list(self.rows()[0]))
             writer.writeheader()
             writer.writerows(self.rows())
-        if any(run.loss for run in self.runs):
+        if any(map(_drawable, self.runs)):
             with _replacing(self.folder / "curves.png") as path:
                 self._plot(path)
 
@@ -101,20 +119,16 @@ class Report:
         """Returns the comparison as a table for the terminal."""
         reference = next(iter(self.measured))
         table = Table(title=f"{self.about['title']}", title_justify="left")
-        table.add_column("method")
+        table.add_column("method", overflow="fold")
         table.add_column("values measured", justify="right")
         table.add_column("test accuracy", justify="right")
         table.add_column("seeds", justify="right")
         table.add_column(f"time per step / {reference}", justify="right")
         for row in self.rows():
-            accuracy, spread = row["test_accuracy"], row["spread"]
             table.add_row(
                 row["method"],
                 "-" if row["measured"] is None else f"{row['measured']:.1%}",
-                "-"
-                if accuracy is None
-                else f"{accuracy:.1%}"
-                + (f" ± {spread:.1%}" if spread is not None else ""),
+                outcome(row["test_accuracy"], row["spread"], row["diverged"]),
                 str(row["seeds"]),
                 f"{row['relative_time']:.2f}" if row["relative_time"] else "-",
             )
@@ -125,7 +139,7 @@ class Report:
         # Half an image wrong stands for none on the logarithmic axis.
         least = 0.5 / self.about["test_images"]
         for i, method in enumerate(self.measured):
-            runs = [run for run in self.runs if run.method == method]
+            runs = [r for r in self.runs if r.method == method and _drawable(r)]
             errors = [[max(1 - a, least) for a in run.test_accuracy] for run in runs]
             for axis, curves in zip(
                 axes, ([r.loss for r in runs], errors), strict=True
@@ -155,6 +169,11 @@ class Report:
         figure.suptitle(f"{self.about['title']} (mean and range of the seeds)")
         figure.savefig(path, dpi=130)
         plt.close(figure)
+
+
+def _drawable(run: Run) -> bool:
+    """Whether a run has a curve: a logarithmic axis shows no NaN, nor infinity."""
+    return bool(run.loss) and all(map(math.isfinite, run.loss))
 
 
 def new_folder(wanted: Path | None, name: str) -> Path:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from harness import methods
+from harness.command_line import unknown
 from harness.journal import Record
 from harness.methods import Method
-from harness.networks import DTYPES, NETWORKS, Settings
-from harness.tasks import DATASETS
-from models import LINEN
+from harness.networks import Settings
+from harness.options import NAMES
 
 
 class GridError(ValueError):
@@ -54,12 +54,6 @@ class Experiment(Settings):
 
 
 OPTIONS = {field.name: field for field in dataclasses.fields(Experiment)}
-_CHOICES = {
-    "model": tuple(LINEN),
-    "api": tuple(NETWORKS),
-    "dtype": tuple(DTYPES),
-    "dataset": DATASETS,
-}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -99,11 +93,9 @@ def experiments(grid: Mapping[str, Any], **given: Any) -> list[Experiment]:
 
 
 def _product(grid: Mapping[str, Any]) -> Iterator[Experiment]:
-    if unknown := set(grid) - set(OPTIONS):
-        raise GridError(
-            f"Expected options among {', '.join(OPTIONS)}, got "
-            f"{', '.join(sorted(unknown))}."
-        )
+    for name in grid:
+        if name not in OPTIONS:
+            raise GridError(unknown("an option", name, OPTIONS))
     names = sorted(grid, key=list(OPTIONS).index)
     values = [list(_checked(name, grid[name])) for name in names]
     for chosen in itertools.product(*values):
@@ -143,10 +135,8 @@ def _checked(name: str, values: Any) -> Iterator[Any]:
         if type(value) not in kinds:
             wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
             raise GridError(f"Expected {name} of type {wanted}, got {value!r}.")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            raise GridError(
-                f"Expected {name} among {', '.join(_CHOICES[name])}, got {value!r}."
-            )
+        if name in NAMES and value not in NAMES[name]:
+            raise GridError(unknown(f"a {name}", value, NAMES[name]))
         if name == "norm":
             try:
                 methods.parse(value)

@@ -12,7 +12,7 @@ from tensorboard.summary import Writer
 
 from harness import processes
 from harness.learning import Totals
-from harness.progress import progress_bar
+from harness.progress import numbers, progress_bar
 
 _AHEAD = 2  # steps that are given to the devices before the first of them has ended
 
@@ -60,7 +60,10 @@ class Log:
         self._task = self._bar.add_task(
             title, numbers="compiling", total=steps.stop - 1, completed=steps.start - 1
         )
-        self._shown, self._since = steps.start - 1, time.monotonic()
+        self._seconds: list[float] = []  # of each step, but for the first: it compiles
+        self._entered = 0  # how many of them are in the file
+        self._before: float | None = None
+        self._last: tuple[int, Totals] | None = None
 
     def __enter__(self) -> "Log":
         """Shows the bar."""
@@ -87,37 +90,58 @@ class Log:
             self._writer.flush()
 
     def evaluated(self, step: int, accuracy: Accuracy) -> None:
-        """Takes what an evaluation gives; its time is not that of steps."""
-        self._shown, self._since = step, time.monotonic()
+        """Takes what an evaluation after a flush gives; its time is not counted."""
+        self._before = time.monotonic()
         self._write(step, "test", {"top1": accuracy.top1, "top5": accuracy.top5})
         self._console.print(
             f"epoch {step / self.epoch:.4g}: top-1 {accuracy.top1:.2%}, top-5 "
             f"{accuracy.top5:.2%} of {accuracy.images:,} images"
         )
 
-    def _write(self, step: int, group: str, numbers: dict[str, Any]) -> None:
-        if self._writer:
-            for name, value in numbers.items():
-                self._writer.add_scalar(f"{group}/{name}", value, step)
+    def summary(self) -> None:
+        """Tells a person how the last step went, and how fast all of them were."""
+        if self._last:
+            step, totals = self._last
+            shown = self._shown(step, totals, self._seconds)
+            self._console.print(f"step {step:,}: {shown}")
 
     def _enter(self, step: int, totals: Totals) -> None:
         jax.block_until_ready(totals)
+        now = time.monotonic()
+        if self._before is not None:
+            self._seconds.append(now - self._before)
+        self._before, self._last = now, (step, totals)
         if step % self.every:
             return
-        loss, accuracy = (float(total) / self.batch_size for total in totals)
-        now = time.monotonic()
-        speed = (step - self._shown) * self.batch_size / (now - self._since)
-        self._shown, self._since = step, now
-        numbers = {
+        seconds = self._seconds[self._entered :]
+        self._entered = len(self._seconds)
+        loss, accuracy = self._means(totals)
+        entry = {
             "loss": loss,
             "accuracy": accuracy,
             "learning_rate": self.learning_rate(step - 1),
-            "images_per_second": speed,
         }
-        self._write(step, "train", numbers)
-        self._bar.update(
-            self._task,
-            completed=step,
-            numbers=f"epoch {step / self.epoch:.2f}  loss {loss:.3f}  "
-            f"accuracy {accuracy:.1%}  {speed:,.0f} images/s",
+        if speed := self._speed(seconds):
+            entry["images_per_second"] = speed
+        self._write(step, "train", entry)
+        shown = self._shown(step, totals, seconds)
+        self._bar.update(self._task, completed=step, numbers=shown)
+
+    def _write(self, step: int, group: str, entry: dict[str, Any]) -> None:
+        if self._writer:
+            for name, value in entry.items():
+                self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def _shown(self, step: int, totals: Totals, seconds: list[float]) -> str:
+        epoch = f"{step / self.epoch:.2f}"
+        return numbers(epoch, *self._means(totals), self._speed(seconds))
+
+    def _means(self, totals: Totals) -> tuple[float, float]:
+        """Returns loss and accuracy of a step."""
+        return (
+            float(totals.loss) / self.batch_size,
+            float(totals.correct) / self.batch_size,
         )
+
+    def _speed(self, seconds: list[float]) -> float | None:
+        return len(seconds) * self.batch_size / sum(seconds) if seconds else None

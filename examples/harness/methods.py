@@ -20,6 +20,7 @@ from typing import Any
 import jax
 
 import flax_sbn as sbn
+from harness.command_line import unknown
 
 # What each name is, and what it makes of the layers; see models.units.
 _KINDS = {
@@ -212,18 +213,17 @@ def parse_method(text: str) -> Method:
     name, _, amount = text.partition(":")
     if name in _KINDS and (not amount or name in _COUNTED):
         return Method(text, _KINDS[name], **_own(name, amount))
-    try:
-        parts = [_parse_short(part) for part in text.split("+")]
-        match parts:
-            case [sampler]:
-                return Method(text, sampler=sampler)
-            case [real, sbn.VirtualSampling() as virtual]:
-                return Method(text, sampler=sbn.MixedSampling(real, virtual))
-    except KeyError:
-        pass
-    raise ValueError(
-        f"Expected a method such as {', '.join(NAMES)} or lattice+vdn:4, got {text!r}."
-    )
+    parts = text.split("+")
+    what, names = ("a sampler", _AMOUNTS) if parts[1:] else ("a method", NAMES)
+    for part in parts:
+        if part.partition(":")[0] not in _AMOUNTS:
+            raise ValueError(unknown(what, part, names))
+    match [_parse_short(part) for part in parts]:
+        case [sampler]:
+            return Method(text, sampler=sampler)
+        case [real, sbn.VirtualSampling() as virtual]:
+            return Method(text, sampler=sbn.MixedSampling(real, virtual))
+    raise ValueError(f"Expected at most a sampler+vdn, got {text!r}.")
 
 
 def _own(name: str, amount: str) -> dict[str, Any]:
@@ -299,6 +299,7 @@ def _evaluate(node: ast.expr) -> Any:
                     *map(_evaluate, args),
                     **{str(k.arg): _evaluate(k.value) for k in keywords},
                 )
+            raise ValueError(unknown("a sampler", name, _SAMPLERS))
     raise ValueError(
         f"Expected numbers and {', '.join(_SAMPLERS)}, got {ast.unparse(node)!r}."
     )

@@ -131,6 +131,7 @@ class Training:
                 log.add(step, totals)
                 last, accuracy = step == self.last, None
                 if last or step % self.epoch == 0:
+                    log.flush()
                     accuracy = self._evaluate(state, settings.micro_batch_size)
                     if accuracy:
                         log.evaluated(step, accuracy)
@@ -143,6 +144,7 @@ class Training:
                 if ending:
                     break
             checkpoints.wait()
+        log.summary()
         if skipped := int(state.skipped):
             console.print(f"{skipped:,} times an image could not be read.")
         return stop.signal

@@ -91,14 +91,17 @@ class State(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """How an epoch is going, or went when ``done``."""
+    """How an epoch is going, or went when ``done``.
+
+    ``images_per_second`` is None as long as nothing has run but what was compiled.
+    """
 
     epoch: int
     step: int
     steps: int
     loss: float
     accuracy: float
-    images_per_second: float
+    images_per_second: float | None
     test_accuracy: float | None = None
 
     @property
@@ -176,13 +179,17 @@ class Trainer:
         state = run.init(keys[0] if len(seeds) == 1 else keys, self.data.images)
         for epoch in range(1, self.settings.epochs + 1):
             state = run.start_epoch(state)
-            begin = shown = time.monotonic()
+            begin, before = time.monotonic(), 0
+            shown = begin
             for step in range(self.stride, self.steps + 1, self.stride):
                 state = run.step(state, self.data.images, self.data.labels)
+                if epoch == 1 and step == self.stride:  # this one may have compiled
+                    jax.block_until_ready(state)
+                    begin, before = time.monotonic(), step
                 if time.monotonic() - shown > _REFRESH_SECONDS and step < self.steps:
-                    yield self._progress(state, epoch, step, begin)
+                    yield self._progress(state, epoch, step, begin, before)
                     shown = time.monotonic()
-            now = self._progress(state, epoch, self.steps, begin)
+            now = self._progress(state, epoch, self.steps, begin, before)
             shares = np.atleast_1d(self._correct_of(run, state)) / self.data.num_test
             yield tuple(
                 one._replace(test_accuracy=float(share))
@@ -205,12 +212,14 @@ class Trainer:
         return sum(run.evaluate(variables, *batch) for batch in self.data.test)
 
     def _progress(
-        self, state: State, epoch: int, step: int, begin: float
+        self, state: State, epoch: int, step: int, begin: float, before: int
     ) -> tuple[Epoch, ...]:
-        seen = step * self.settings.batch_size
+        """Returns how each seed does; its speed is that since ``before`` steps."""
+        size = self.settings.batch_size
         totals = jax.device_get((state.loss, state.correct))
-        losses, accuracies = (np.atleast_1d(total) / seen for total in totals)
-        rate = len(losses) * seen / (time.monotonic() - begin)
+        losses, accuracies = (np.atleast_1d(total) / (step * size) for total in totals)
+        timed = len(losses) * (step - before) * size
+        rate = timed / (time.monotonic() - begin) if timed else None
         return tuple(
             Epoch(epoch, step, self.steps, float(loss), float(accuracy), rate)
             for loss, accuracy in zip(losses, accuracies, strict=True)
