@@ -271,7 +271,7 @@ def test_images_that_cannot_be_read_are_refused_or_counted(
     assert f"of {pictures.TEST - 1} images" in printed
 
 
-@pytest.mark.parametrize("more", [["--rows", "2"], ["--accumulate", "2"]])
+@pytest.mark.parametrize("more", [["--norm-batch-size", "2"], ["--accumulate", "2"]])
 def test_eight_devices_train_on_noise(tmp_path, capsys, more) -> None:
     argv = ["--fake-data", "--out", str(tmp_path), *SMALL, "--devices", "8"]
     argv += ["--norm", "bn", "--max-steps", "2", "--num-classes", "3", *more]

@@ -63,7 +63,7 @@ def test_images_that_devices_cannot_share_are_left_out() -> None:
 
 def test_a_step_with_rows_of_each_device_sums_once() -> None:
     # Gradients, statistics and totals together.
-    trainer = trainer_of("bs:4", 8, rows=8)
+    trainer = trainer_of("bs:4", 8, norm_batch_size=8)
     assert all_reduces(trainer) == 1
     assert all_reduces(trainer_of("bn", 8)) > 2
 
@@ -74,7 +74,7 @@ def test_rows_are_normalized_alike_on_one_device_and_many(rows) -> None:
     images, key = np.asarray(DIGITS.train_images[:64]), jax.random.key(0)
     forwards = []
     for devices in (1, 8):
-        trainer = trainer_of("bs:4+vdn:2", devices, rows=rows)
+        trainer = trainer_of("bs:4+vdn:2", devices, norm_batch_size=rows)
         variables = trainer.init(0).model.variables
         forward = jax.jit(trainer.learner.forward)(variables, images, key, key)
         forwards.append(jax.tree.leaves(forward))
@@ -202,7 +202,8 @@ def test_two_processes_go_on_where_one_ended_and_write_one_checkpoint(tmp_path):
     """The last checkpoint is broken; both set it aside, and use the one before."""
     images, out = pictures.write_folder(tmp_path / "images"), tmp_path / "out"
     argv = [str(images), "--model", "mlp", "--width", "8", "--norm", "bs:4"]
-    argv += ["--image-size", "8", "--batch-size", "16", "--epochs", "2", "--rows", "4"]
+    argv += ["--image-size", "8", "--batch-size", "16", "--epochs", "2"]
+    argv += ["--norm-batch-size", "4"]
     argv += ["--dtype", "float32", "--log-every", "1", "--checkpoint-every", "4"]
     argv += ["--threads", "1", "--out", str(out)]
     assert imagenet.main([*argv, "--devices", "4"]) == 0

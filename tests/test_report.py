@@ -226,7 +226,8 @@ def test_the_noise_of_samples_is_shown_beside_the_studies(folder) -> None:
 
 def test_normalizers_have_a_page_of_their_own(folder) -> None:
     grids = (
-        '[[grids]]\nnorm = ["bn", "brn"]\nrows = 2\n[[grids]]\nnorm = ["bn", "frn"]\n'
+        '[[grids]]\nnorm = ["bn", "brn"]\nnorm_batch_size = 2\n'
+        '[[grids]]\nnorm = ["bn", "frn"]\n'
     )
     examples, docs = folder / "examples", folder / "docs"
     (examples / "studies" / "normalizers-short.toml").write_text(f"epochs = 4\n{grids}")
@@ -236,8 +237,8 @@ def test_normalizers_have_a_page_of_their_own(folder) -> None:
     lines = [
         trained("bn", 0, 0.5, 1.0),
         trained("frn", 0, 0.4, 1.0),
-        trained("bn", 0, 0.3, 1.0, rows=2),
-        trained("brn", 0, 0.35, 1.0, rows=2),
+        trained("bn", 0, 0.3, 1.0, norm_batch_size=2),
+        trained("brn", 0, 0.35, 1.0, norm_batch_size=2),
     ]
     (examples / "results" / "short.jsonl").write_text("\n".join(lines) + "\n")
     assert run(folder) == 0
@@ -253,14 +254,14 @@ def test_normalizers_have_a_page_of_their_own(folder) -> None:
 
 
 def test_a_study_by_rows_is_a_table_of_rows() -> None:
-    grids = [{"norm": "bn"}, {"norm": ["bn", "gn"], "rows": [2, 8]}]
+    grids = [{"norm": "bn"}, {"norm": ["bn", "gn"], "norm_batch_size": [2, 8]}]
     experiments = grid.experiments({"grids": grids})
     records = {
         experiment: {"test_accuracy": [0.1 * i]}
         for i, experiment in enumerate(experiments, start=1)
     }
-    study = studies.Study("rows-short", experiments, records)
-    lines = [line.replace(" ", "") for line in studies.rows_table(study).splitlines()]
+    study = studies.Study("few-short", experiments, records)
+    lines = [line.replace(" ", "") for line in studies.few_table(study).splitlines()]
     assert lines[0] == "|norm|2images|8images|all|"
     assert lines[2:] == ["|`bn`|20.0|40.0|10.0|", "|`gn`|30.0|50.0|-|"]
 

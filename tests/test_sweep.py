@@ -239,10 +239,10 @@ def test_grids_of_a_file_share_what_stands_before_them(tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(
         'norm = ["bn", "gn"]\nseed = [0, 1]\n'
-        '[[grids]]\nrows = [2, 4]\n[[grids]]\nnorm = "bn"\n'
+        '[[grids]]\nnorm_batch_size = [2, 4]\n[[grids]]\nnorm = "bn"\n'
     )
     found = grid.experiments(grid.read(path), seed=3)
-    assert [(e.norm, e.rows, e.seed) for e in found] == [
+    assert [(e.norm, e.norm_batch_size, e.seed) for e in found] == [
         ("bn", 2, 3),
         ("gn", 2, 3),
         ("bn", 4, 3),
@@ -290,3 +290,14 @@ def test_seeds_train_side_by_side_as_they_would_alone(tmp_path):
         assert one["experiment"] == same["experiment"]
         np.testing.assert_allclose(one["train_loss"], same["train_loss"], rtol=1e-4)
     assert [line["together"] for line in lines(together)] == [2, 2, 1] * 2
+
+
+def test_the_old_name_of_an_option_is_taken_and_warned_about(tmp_path, capsys):
+    (new,) = grid.experiments({"norm_batch_size": 2})
+    assert grid.experiments({"rows": 2}) == [new]
+    assert "rows is now norm_batch_size" in capsys.readouterr().err
+    record = {"experiment": {"rows": 2}}
+    assert grid.experiment_of(record) == new
+    args = sweep.parse(["--results", str(tmp_path / "x.jsonl"), "--rows=2"])
+    assert args.norm_batch_size == [2]
+    assert "--rows is now --norm-batch-size" in capsys.readouterr().err

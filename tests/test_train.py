@@ -127,7 +127,8 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
 
 @pytest.mark.parametrize("api", list(NETWORKS))
 def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
-    trainer = small_trainer("bn", model="mlp", api=api, batch_size=32, rows=16)
+    options = {"batch_size": 32, "norm_batch_size": 16}
+    trainer = small_trainer("bn", model="mlp", api=api, **options)
     state, images = trainer.init(0), trainer.data.images[:32]
     variables = state.model.variables
     forward = jax.jit(trainer.learner.forward)(variables, images, state.key, state.key)
@@ -145,16 +146,18 @@ def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
 
 @pytest.mark.parametrize("api", list(NETWORKS))
 def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
-    trainer = small_trainer("bs:4+vdn:2", api=api, model="mlp", rows=8)
+    trainer = small_trainer("bs:4+vdn:2", api=api, model="mlp", norm_batch_size=8)
     assert trainer.learner.measured == pytest.approx(6 / 10)
     *_, last = trainer.train(seed=0)
     assert np.isfinite(last.loss)
 
 
-@pytest.mark.parametrize("rows", [None, 4])
-def test_pixels_are_told_apart(rows) -> None:
+@pytest.mark.parametrize("images", [None, 4])
+def test_pixels_are_told_apart(images) -> None:
     scenes = to_device(tasks.load_scenes().limited(64))
-    settings = Settings(model="unet", width=4, batch_size=8, epochs=3, rows=rows)
+    settings = Settings(
+        model="unet", width=4, batch_size=8, norm_batch_size=images, epochs=3
+    )
     trainer = Trainer(settings, methods.parse_method("lattice+vdn:2"), scenes)
     losses = [epoch for epoch in trainer.train(seed=0) if epoch.done]
     assert losses[-1].loss < losses[0].loss
@@ -185,8 +188,8 @@ def test_models_and_data_sets_that_do_not_fit_are_refused(
 
 
 def test_a_batch_has_whole_groups_of_rows() -> None:
-    with pytest.raises(ValueError, match="batch_size=128 and rows=48"):
-        small_trainer("bn", rows=48)
+    with pytest.raises(ValueError, match="batch_size=128 and norm_batch_size=48"):
+        small_trainer("bn", norm_batch_size=48)
 
 
 def test_share_of_values_measured_is_that_of_the_samplers() -> None:
@@ -406,7 +409,8 @@ def test_many_steps_in_one_dispatch_are_the_same_steps(name) -> None:
 
 @pytest.mark.parametrize("fresh", [True, False])
 def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
-    trainer = small_trainer("vdn:4", model="mlp", rows=32, fresh_virtual=fresh)
+    options = {"norm_batch_size": 32, "fresh_virtual": fresh}
+    trainer = small_trainer("vdn:4", model="mlp", **options)
     state, images = trainer.init(0), trainer.data.images[:32]
     forward = jax.jit(trainer.learner.forward)
     one, other = (
@@ -476,7 +480,8 @@ def test_every_normalizer_trains(name, api) -> None:
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_every_normalizer_fits_a_convolutional_network(name, api) -> None:
     # Traces a training pass.
-    trainer = small_trainer(name, model="resnet8", api=api, width=16, rows=32)
+    options = {"width": 16, "norm_batch_size": 32}
+    trainer = small_trainer(name, model="resnet8", api=api, **options)
     logits = jax.eval_shape(
         lambda key, x: trainer.learner.network.evaluate(
             trainer.learner.network.init(key, x), x

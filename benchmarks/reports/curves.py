@@ -1,4 +1,4 @@
-"""Charts of the studies: learning curves, and accuracy against rows."""
+"""Charts of the studies: learning curves, and accuracy against images."""
 
 import functools
 import math
@@ -128,30 +128,31 @@ def ratio_chart(study: Study, ink: str, soft: str) -> Figure:
     return figure
 
 
-def rows_chart(study: Study, ink: str, soft: str) -> Figure:
+def few_chart(study: Study, ink: str, soft: str) -> Figure:
     """Draws test accuracy against the number of images normalized together."""
     figure = Figure(figsize=(8.5, 4), layout="constrained")
     ax = figure.subplots()
     _style(ax, ink, soft)
     norms: dict[str, list[Experiment]] = {}
     for setting in study.settings:
-        norms.setdefault(setting.norm if setting.rows else "", []).append(setting)
+        name = setting.norm if setting.norm_batch_size else ""
+        norms.setdefault(name, []).append(setting)
     ends = []  # value, label and colour
     for setting in norms.pop("", []):
         mean = _curves(study, setting, "test_accuracy")[:, -1].mean()
         ax.axhline(mean, color=soft, linestyle="--", linewidth=1.2)
         ends.append((mean, f"{_name(setting.norm)}, all 128", soft))
-    most = max(s.rows or 1 for settings in norms.values() for s in settings)
+    most = max(s.norm_batch_size or 1 for settings in norms.values() for s in settings)
     for (norm, settings), style in zip(norms.items(), _STYLES, strict=False):
-        sizes, means, errors = _by_rows(study, settings)
+        sizes, means, errors = _by_images(study, settings)
         ax.errorbar(sizes, means, errors, **style, marker="o", ms=4, lw=1.6, capsize=2)
         ends.append((means[-1], _name(norm), style["color"]))
         if sizes[-1] < most:  # as far as its label
             dotted = {"color": style["color"], "linestyle": ":", "linewidth": 1}
             ax.plot([sizes[-1], most], [means[-1]] * 2, **dotted)
     ax.set_xscale("log", base=2)
-    ticks = sorted({s.rows for settings in norms.values() for s in settings if s.rows})
-    ax.set_xticks(ticks, [str(rows) for rows in ticks])
+    ticks = sorted({_num_images(s) for settings in norms.values() for s in settings})
+    ax.set_xticks(ticks, [str(images) for images in ticks])
     ax.set_xlabel("images normalized together", color=ink, fontsize=9.5)
     ax.set_ylabel("test accuracy", color=ink, fontsize=9.5)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -164,11 +165,11 @@ def normalizers_chart(study: Study, ink: str, soft: str) -> Figure:
     norms: dict[str, list[Experiment]] = {}
     for setting in study.settings:
         norms.setdefault(setting.norm, []).append(setting)
-    fewest = min(_num_rows(setting) for setting in study.settings)
+    fewest = min(_num_images(setting) for setting in study.settings)
     found = {}
     for norm, settings in norms.items():
-        sizes, means, errors = _by_rows(study, settings)
-        alone = [setting.rows for setting in settings] == [None]
+        sizes, means, errors = _by_images(study, settings)
+        alone = [setting.norm_batch_size for setting in settings] == [None]
         # Images that are normalized alone are so in any batch.
         few = 0 if sizes[0] == fewest or (alone and norm in _ALONE) else None
         found[norm] = (few, means, errors)
@@ -209,13 +210,13 @@ def normalizers_chart(study: Study, ink: str, soft: str) -> Figure:
 CHARTS: dict[str, Callable[[Study, str, str], Figure]] = {
     "methods": methods_chart,
     "ratio": ratio_chart,
-    "rows": rows_chart,
+    "few": few_chart,
     "normalizers": normalizers_chart,
 }
 ALT = {
     "methods": "Training loss by epoch, and its distance from batch norm's",
     "ratio": "Test accuracy against the share of values measured, one line a family",
-    "rows": "Test accuracy against the number of images normalized together",
+    "few": "Test accuracy against the number of images normalized together",
     "normalizers": "Test accuracy of each normalizer with two images normalized "
     "together, and with all",
 }
@@ -282,12 +283,12 @@ def _label_ends(ax: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )
 
 
-def _by_rows(
+def _by_images(
     study: Study, settings: Sequence[Experiment]
 ) -> tuple[list[int], Curves, Curves]:
-    """Returns rows, ascending, and mean and deviation of the last accuracies."""
-    settings = sorted(settings, key=_num_rows)
-    return [_num_rows(setting) for setting in settings], *_means(study, settings)
+    """Returns numbers of images, ascending; the last accuracies' mean, deviation."""
+    settings = sorted(settings, key=_num_images)
+    return [_num_images(setting) for setting in settings], *_means(study, settings)
 
 
 def _means(study: Study, settings: Sequence[Experiment]) -> tuple[Curves, Curves]:
@@ -304,8 +305,8 @@ def _error(pairs: Sequence[Curves]) -> Curves:
     return deviation / len(pairs) ** 0.5
 
 
-def _num_rows(setting: Experiment) -> int:
-    return setting.rows or setting.batch_size
+def _num_images(setting: Experiment) -> int:
+    return setting.norm_batch_size or setting.batch_size
 
 
 def _draw(ax: Axes, curves: Curves, label: str, *, color: str, linestyle: str) -> None:

@@ -53,8 +53,8 @@ class Study:
     @property
     def started(self) -> bool:
         """Whether there is something to show; of micro-batches, any trained in them."""
-        by_rows = any(experiment.rows for experiment in self.experiments)
-        return any(setting.rows or not by_rows for setting in self.settings)
+        few = any(experiment.norm_batch_size for experiment in self.experiments)
+        return any(setting.norm_batch_size or not few for setting in self.settings)
 
     def runs(self, setting: Experiment) -> dict[int, Record]:
         """Returns the results of a setting by seed."""
@@ -70,7 +70,7 @@ class Study:
             experiment.seed: record
             for experiment, record in self.records.items()
             if experiment.norm == "bn"
-            and experiment.rows is None
+            and experiment.norm_batch_size is None
             and _basis(experiment) == _basis(setting)
         }
 
@@ -78,7 +78,12 @@ class Study:
 def _basis(experiment: Experiment) -> Experiment:
     """Returns the experiment without what makes no difference to batch norm."""
     return dataclasses.replace(
-        experiment, seed=0, norm="bn", rows=None, fold=True, fresh_virtual=True
+        experiment,
+        seed=0,
+        norm="bn",
+        norm_batch_size=None,
+        fold=True,
+        fresh_virtual=True,
     )
 
 
@@ -162,23 +167,24 @@ def setting_table(study: Study) -> str:
     return markdown(header, lines, left=1)
 
 
-def rows_table(study: Study) -> str:
-    """Returns test accuracies: a row a norm, a column a number of rows."""
+def few_table(study: Study) -> str:
+    """Returns test accuracies: a row a norm, a column a number of images."""
     cells: dict[str, dict[int | None, str]] = {}
     for setting in study.settings:
         accuracies = [_final_accuracy(r) for r in study.runs(setting).values()]
-        cells.setdefault(setting.norm, {})[setting.rows] = spread(accuracies, 1)
-    columns = sorted({rows for found in cells.values() for rows in found}, key=_rows)
-    header = ["norm", *(f"{_rows(rows)} images" if rows else "all" for rows in columns)]
+        images = setting.norm_batch_size
+        cells.setdefault(setting.norm, {})[images] = spread(accuracies, 1)
+    columns = sorted({n for found in cells.values() for n in found}, key=_or_all)
+    header = ["norm", *(f"{n} images" if n else "all" for n in columns)]
     lines = [
-        [f"`{short(norm)}`", *(found.get(rows, "-") for rows in columns)]
+        [f"`{short(norm)}`", *(found.get(n, "-") for n in columns)]
         for norm, found in cells.items()
     ]
     return markdown(header, lines, left=1)
 
 
-def _rows(rows: int | None) -> float:
-    return float("inf") if rows is None else rows
+def _or_all(images: int | None) -> float:
+    return float("inf") if images is None else images
 
 
 def _mean_loss(runs: dict[int, Record], epoch: int) -> str:
@@ -250,6 +256,6 @@ def difference(
 
 
 TABLES: dict[str, Callable[[Study], str]] = {
-    "rows": rows_table,
-    "normalizers": rows_table,
+    "few": few_table,
+    "normalizers": few_table,
 }

@@ -3,8 +3,12 @@
 import argparse
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
+
+# What options were called before; the old names are taken, and warned about.
+RENAMED = {"rows": "norm_batch_size"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -16,6 +20,18 @@ class Parser(argparse.ArgumentParser):
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Reads the command line, old names of options as well."""
+        args = list(sys.argv[1:] if args is None else args)
+        for i, argument in enumerate(args):
+            option, *value = argument.split("=", 1)
+            for old, new in RENAMED.items():
+                if option == f"--{old}":
+                    option = f"--{new.replace('_', '-')}"
+                    print(f"{self.prog}: --{old} is now {option}", file=sys.stderr)
+                    args[i] = "=".join([option, *value])
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with a message."""

@@ -8,6 +8,7 @@ is made of is an :class:`Experiment`, which also names it: results are found by 
 
 import dataclasses
 import itertools
+import sys
 import tomllib
 import types
 import typing
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import methods
-from harness.command_line import unknown
+from harness.command_line import RENAMED, unknown
 from harness.journal import Record
 from harness.methods import Method
 from harness.networks import Settings
@@ -93,6 +94,7 @@ def experiments(grid: Mapping[str, Any], **given: Any) -> list[Experiment]:
 
 
 def _product(grid: Mapping[str, Any]) -> Iterator[Experiment]:
+    grid = {_renamed(name): values for name, values in grid.items()}
     for name in grid:
         if name not in OPTIONS:
             raise GridError(unknown("an option", name, OPTIONS))
@@ -104,7 +106,8 @@ def _product(grid: Mapping[str, Any]) -> Iterator[Experiment]:
 
 def experiment_of(record: Record) -> Experiment:
     """Returns the experiment of a result; newer options have their defaults."""
-    return Experiment(**record["experiment"])
+    given = record["experiment"].items()
+    return Experiment(**{RENAMED.get(name, name): value for name, value in given})
 
 
 def setting_of(experiment: Experiment) -> Experiment:
@@ -120,6 +123,13 @@ def varied(experiments: Sequence[Experiment]) -> list[str]:
         if len({getattr(experiment, name) for experiment in experiments}) > 1
     ]
     return names or ["norm"]
+
+
+def _renamed(name: str) -> str:
+    """Returns today's name of an option."""
+    if name in RENAMED:
+        print(f"{name} is now {RENAMED[name]}", file=sys.stderr)
+    return RENAMED.get(name, name)
 
 
 def _checked(name: str, values: Any) -> Iterator[Any]:

@@ -1,7 +1,7 @@
 """What one step of training does, whatever feeds it: forward, loss, gradients, update.
 
 Pure functions of arrays, for a caller to compile. Where the arrays lie on several
-devices, each of these works on its own rows.
+devices, each of these works on its own images.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ class Model(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Sums over the rows of a batch."""
+    """Sums over the images of a batch."""
 
     loss: jax.Array
     correct: jax.Array
@@ -91,14 +91,15 @@ class Learner:
                 f"batch_size={settings.batch_size}."
             )
         micro_batch = settings.micro_batch_size
-        self.rows = settings.rows or micro_batch
-        if micro_batch % self.rows:
+        self.norm_batch_size = settings.norm_batch_size or micro_batch
+        if micro_batch % self.norm_batch_size:
             raise ValueError(
                 f"Expected a batch size{' a micro-batch' * (settings.accumulate > 1)} "
-                "that is a multiple of the rows normalized together, got "
-                f"batch_size={micro_batch} and rows={self.rows}."
+                "that is a multiple of the images normalized together, got "
+                f"batch_size={micro_batch} and "
+                f"norm_batch_size={self.norm_batch_size}."
             )
-        self.groups = micro_batch // self.rows
+        self.groups = micro_batch // self.norm_batch_size
         self.network = self._network(method)
         self.optimizer = make_optimizer(settings, method, steps)
         self.measured = self._measured()
@@ -112,7 +113,7 @@ class Learner:
         """
         x = jnp.zeros((1, *self.task.shape))
         if self.method.starts_from_data:
-            x = self.scale(images[: self.rows])
+            x = self.scale(images[: self.norm_batch_size])
         variables = self.network.init(key, x)
         return Model(variables, self.optimizer.init(variables.params))
 
@@ -157,7 +158,7 @@ class Learner:
         labels: jax.Array,
         *keys: jax.Array,
     ) -> tuple[Variables, Totals, _Gradients]:
-        """Goes through the micro-batches; each has rows of every device."""
+        """Goes through the micro-batches; each has images of every device."""
         count = self.settings.accumulate
 
         def divide(array: jax.Array) -> jax.Array:
@@ -195,7 +196,7 @@ class Learner:
         def loss_fn(params: Any, overwritten: Any) -> tuple[jax.Array, Any]:
             given = Variables(params, overwritten, variables.rest)
             forward = self.forward(given, images, sampling_key, virtual_key)
-            losses = _of_rows(
+            losses = _of_images(
                 _cross_entropy(forward.logits, labels, self.settings.label_smoothing)
             )
             return losses.mean() + forward.loss, (losses, forward)
@@ -203,7 +204,7 @@ class Learner:
         (_, (losses, forward)), (grads, overwritten) = jax.value_and_grad(
             loss_fn, (0, 1), has_aux=True
         )(*variables[:2])
-        # Of these, each group of rows gives the next value.
+        # Of these, each group of images gives the next value.
         overwritten = jax.tree.map(lambda each: each / self.groups, overwritten)
         correct = hits(forward.logits, labels)
         return (
@@ -219,18 +220,18 @@ class Learner:
         sampling_key: jax.Array,
         virtual_key: jax.Array,
     ) -> Forward:
-        """Returns the logits, and the mean of what the groups of rows make besides."""
+        """Returns the logits, and the mean of what else the groups of images make."""
         x = self.scale(images)
         if self.groups == 1:
             return self._group(variables, x, sampling_key, virtual_key)
         groups = self._groups
         if self.groups % self.mesh.size == 0:
-            rows = PartitionSpec(AXIS)
+            batch = PartitionSpec(AXIS)
             groups = jax.shard_map(
                 groups,
                 mesh=self.mesh,
-                in_specs=(PartitionSpec(), rows, rows, rows),
-                out_specs=rows,
+                in_specs=(PartitionSpec(), batch, batch, batch),
+                out_specs=batch,
             )
         forward = groups(
             variables,
@@ -242,7 +243,7 @@ class Learner:
         return jax.tree.map(_of_groups, forward)._replace(logits=logits)
 
     def _groups(self, variables: Variables, x: jax.Array, *keys: jax.Array) -> Forward:
-        """Returns what each group of rows makes; alone, at the speed of one."""
+        """Returns what each group of images makes; alone, at the speed of one."""
         if len(x) > 1:
             return jax.vmap(self._group, (None, 0, 0, 0))(variables, x, *keys)
         forward = self._group(variables, x[0], *(key[0] for key in keys))
@@ -255,7 +256,7 @@ class Learner:
         sampling_key: jax.Array,
         virtual_key: jax.Array,
     ) -> Forward:
-        """Returns the logits of rows that are normalized together."""
+        """Returns the logits of images that are normalized together."""
         virtual = self.method.virtual
         if virtual is None:
             return self.network.train(variables, x, sampling_key)
@@ -281,12 +282,12 @@ class Learner:
             self.method, sampler=Tally(self.method.sampler, counts)
         )
         network = self._network(method)
-        rows = self.rows * self.method.copies
+        images = self.norm_batch_size * self.method.copies
         if self.method.virtual is not None:
-            rows += self.method.virtual.num_virtual
+            images += self.method.virtual.num_virtual
 
         def forward(key: jax.Array) -> jax.Array:
-            x = jnp.zeros((rows, *self.task.shape))
+            x = jnp.zeros((images, *self.task.shape))
             return network.train(network.init(key, x[:1]), x, key).logits
 
         logits = jax.eval_shape(forward, jax.random.key(0))
@@ -302,11 +303,11 @@ class Learner:
 
 
 def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns how many rows are right; of a row with many labels, the share that is."""
-    return _of_rows(logits.argmax(-1) == labels).sum()
+    """Returns how many images are right; of one with many labels, the share that is."""
+    return _of_images(logits.argmax(-1) == labels).sum()
 
 
-def _of_rows(each: jax.Array) -> jax.Array:
+def _of_images(each: jax.Array) -> jax.Array:
     """Returns means over all that is in a row."""
     return each.reshape(len(each), -1).mean(1)
 

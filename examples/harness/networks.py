@@ -29,8 +29,8 @@ class Settings:
       api: ``'linen'`` or ``'nnx'``.
       width: features of the first stage or hidden layer; None for the model's own.
       batch_size: images in a step.
-      rows: how many images are normalized together, as on a device that holds so many;
-        the gradient is that of the whole batch. None for the whole batch.
+      norm_batch_size: how many images are normalized together, as on a device that
+        holds so many; the gradient is that of the whole batch. None for all of it.
       epochs: passes over the training images.
       learning_rate: peak of the schedule.
       warmup: share of all steps in which the learning rate rises.
@@ -39,7 +39,7 @@ class Settings:
       accumulate: micro-batches that a batch is divided into, one after the other.
       dtype: of the computation.
       augment: random crops and flips.
-      fresh_virtual: whether virtual rows are drawn anew in each step, instead of being
+      fresh_virtual: whether virtual images are resampled in each step, instead of being
         the same in all steps, and with all seeds.
     """
 
@@ -47,7 +47,7 @@ class Settings:
     api: str = "linen"
     width: int | None = None
     batch_size: int = 128
-    rows: int | None = None
+    norm_batch_size: int | None = None
     epochs: int = 20
     learning_rate: float = 0.1
     warmup: float = 0.1

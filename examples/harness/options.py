@@ -10,7 +10,7 @@ from harness.networks import DTYPES, NETWORKS, Settings
 from harness.tasks import DATASETS
 from models import LINEN
 
-COUNTS = ("width", "epochs", "batch_size", "rows", "accumulate")  # 1 or more
+COUNTS = ("width", "epochs", "batch_size", "norm_batch_size", "accumulate")  # 1 or more
 NAMES = {
     "model": tuple(LINEN),
     "api": tuple(NETWORKS),
@@ -22,8 +22,8 @@ _HELP = {
     "api": f"one of {', '.join(NETWORKS)}",
     "width": "features of the first stage or hidden layer, if not the model's own",
     "batch_size": "images in a step",
-    "rows": "images normalized together, as on a device that holds so few, if not the "
-    "batch; several such groups on a device are faster without --fold",
+    "norm_batch_size": "images normalized together, as on a device that holds so few, "
+    "if not the batch; several such groups on a device are faster without --fold",
     "epochs": "passes over the training images",
     "learning_rate": "peak of the schedule: warm-up, then cosine",
     "warmup": "share of all steps in which the learning rate rises",
@@ -32,7 +32,7 @@ _HELP = {
     "accumulate": "micro-batches in a step, one after the other",
     "dtype": f"of the computation: {', '.join(DTYPES)}; the rest is float32",
     "augment": "random crops and flips",
-    "fresh_virtual": "draw virtual images anew in each step",
+    "fresh_virtual": "resample virtual images in each step",
     "dataset": f"one of {', '.join(DATASETS)}",
     "train_size": "use only so many training images",
     "image_size": "side of the images, averaged from larger ones, if not their own",
