@@ -178,7 +178,7 @@ def describe(args: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
     """Returns what a reader of the results has to know about them."""
     device = jax.devices()[0]
     return {
-        "title": f"{args.model} ({args.api}) on {dataset.name}, batch "
+        "title": f"{args.model} ({args.api}) on {dataset.name}, batches of "
         f"{args.batch_size}, {args.epochs} epochs, {args.dtype}, {device.device_kind}",
         "settings": {
             name: str(value) if isinstance(value, Path) else value

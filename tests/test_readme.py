@@ -86,7 +86,7 @@ def test_accuracies_of_the_study_are_those_of_the_committed_results() -> None:
             100 * record["test_accuracy"][-1]
             for record in journal.read(ROOT / "examples" / "results" / "reduced.jsonl")
             for experiment in [experiment_of(record)]
-            if (experiment.norm, experiment.rows) == (norm, rows)
+            if (experiment.norm, experiment.norm_batch_size) == (norm, rows)
             and experiment.dtype == "float32"
             and experiment.fold == (rows is None)
             and experiment.fresh_virtual
@@ -133,7 +133,7 @@ def test_accuracies_of_the_main_study_are_those_of_the_committed_results() -> No
     found: dict[str, list[float]] = {}
     for record in results:
         experiment = experiment_of(record)
-        if experiment.dataset == "cifar10" and experiment.rows is None:
+        if experiment.dataset == "cifar10" and experiment.norm_batch_size is None:
             accuracy = 100 * record["test_accuracy"][-1]
             found.setdefault(experiment.norm, []).append(accuracy)
     bn, lattice = (

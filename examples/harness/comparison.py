@@ -19,13 +19,21 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import (
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 from rich.table import Table
 
 from harness.progress import outcome
 
-# Okabe & Ito's colours, which colour-blind readers tell apart.
-_COLOURS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
+# Okabe & Ito's colours, which colour-blind readers tell apart, and two of Tol's.
+_COLOURS = (
+    *("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"),
+    *("#882255", "#999933"),
+)
 
 
 @dataclasses.dataclass
@@ -162,11 +170,15 @@ class Report:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
+        first = [run.loss[0] for run in self.runs if _drawable(run)]
+        axes[0].set_ylim(top=2 * min(first, default=1.0))  # what fails leaves the axes
+        axes[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes[1].yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes[1].yaxis.set_minor_formatter(NullFormatter())
         axes[1].legend(
             title="method", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left"
         )
-        figure.suptitle(f"{self.about['title']} (mean and range of the seeds)")
+        figure.suptitle(f"{self.about['title']}: mean and range of the seeds")
         figure.savefig(path, dpi=130)
         plt.close(figure)
 
