@@ -1,5 +1,7 @@
 """Configuration of the documentation: Sphinx, MyST, sphinx-book-theme."""
 
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import flax_sbn
@@ -33,9 +35,14 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+# MathJax comes with the site, so that formulas need no network: one file, which needs
+# no others (it draws, and has no fonts), out of a package that brings all of MathJax.
+MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+mathjax_path = "tex-svg-full.js"
+
 html_theme = "sphinx_book_theme"
-html_title = "flax_sbn"
-html_static_path = ["_static"]
+html_title = f"flax_sbn {release}"
+html_static_path = ["_static", str(MATHJAX / mathjax_path)]
 html_css_files = ["custom.css"]
 html_theme_options = {
     "home_page_in_toc": True,
