@@ -1,10 +1,13 @@
 """Configuration of the documentation: Sphinx, MyST, sphinx-book-theme."""
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import flax_sbn
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "flax_sbn"
 author = "The flax_sbn authors"
@@ -13,7 +16,9 @@ version = release = flax_sbn.__version__
 
 extensions = [
     "myst_parser",
+    "signatures",  # the file beside this one
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -25,8 +30,10 @@ nitpicky = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"
-autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docs/signatures.py puts them into signatures
+autosummary_generate = False  # tables only
+maximum_signature_line_length = 72
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # The attributes of the dataclasses are what their constructors take.
