@@ -1,5 +1,6 @@
 """Configuration of the documentation: Sphinx, MyST, sphinx-book-theme."""
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,7 +104,38 @@ def close_up(app: Any, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("\n\n```\n", "\n```\n")
 
 
+def space_lines(app: Any, doctree: Any) -> None:
+    """Keeps the lines of a formula apart: fractions would touch those of the next."""
+    from docutils import nodes
+
+    for formula in doctree.findall(nodes.math_block):
+        spaced = formula.astext().replace("\\\\\n", "\\\\[0.5em]\n")
+        formula.children = [nodes.Text(spaced)]
+
+
+def break_lines_in_tables(app: Any, doctree: Any) -> None:
+    """Lets cells break after the dots and underscores of names, not in 1e-07."""
+    from docutils import nodes
+
+    for cell in doctree.findall(nodes.entry):
+        for text in list(cell.findall(nodes.Text)):
+            if isinstance(text.parent, nodes.literal):
+                pieces = re.split(r"(?<=[._])(?=[a-z])", text)
+                may_break = nodes.raw("", "<wbr>", format="html")
+                new = [nodes.Text(pieces[0])]
+                for piece in pieces[1:]:
+                    new += [may_break.deepcopy(), nodes.Text(piece)]
+            else:
+                pieces = re.split(r"(\d[\d.]*e-\d+)", text)
+                new = [nodes.Text(piece) for piece in pieces]
+                for i, number in list(enumerate(pieces))[1::2]:
+                    new[i] = nodes.inline("", number, classes=["number"])
+            text.parent.replace(text, new)
+
+
 def setup(app: Any) -> None:
-    """Registers the two functions above."""
+    """Registers the functions above."""
+    app.connect("doctree-read", space_lines)
+    app.connect("doctree-read", break_lines_in_tables)
     app.connect("missing-reference", link_elsewhere)
     app.connect("source-read", close_up)
