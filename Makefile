@@ -5,7 +5,7 @@ JOBS ?= 2
 ARGS ?=
 FLAX ?= ../flax
 
-.PHONY: help demo lint test quick test-lowest mutants flax-tests docs bench traffic scaling dist format clean
+.PHONY: help demo lint test quick test-lowest mutants flax-tests docs screenshots bench traffic scaling dist format clean
 
 help:
 	@echo "make demo         train and compare normalizations on real digits"
@@ -14,7 +14,8 @@ help:
 	@echo "make test-lowest  the tests with the oldest supported dependencies"
 	@echo "make flax-tests   flax's own tests, in FLAX=folder, with our layers for flax's"
 	@echo "make mutants      changes the package in small ways; tells what no test notices"
-	@echo "make docs         build the documentation in docs/_build/html"
+	@echo "make docs         build the documentation in docs/_build/html, and check it"
+	@echo "make screenshots  look at its pages in a browser, wide and narrow, light and dark"
 	@echo "make bench        time layers and training steps on this device"
 	@echo "make traffic      compile for GPUs and TPUs that are not here; add up the bytes"
 	@echo "make scaling      compile for 1, 8 and 64 of them; add up what they send each other"
@@ -66,6 +67,11 @@ flax-tests: $(VENV)/.installed-test
 
 docs: $(VENV)/.installed-docs
 	$(VENV)/bin/sphinx-build -W --keep-going -b html docs docs/_build/html
+	$(VENV)/bin/python docs/check.py
+
+# Of the pages that `make docs` built; needs Chromium, or says that it is not there.
+screenshots: $(VENV)/.installed-screenshots
+	$(VENV)/bin/python docs/screenshots.py $(ARGS)
 
 bench: $(VENV)/.installed-examples
 	$(VENV)/bin/python benchmarks/speed/train_step.py --minutes 4.5 $(ARGS)

@@ -1,8 +1,14 @@
 """Configuration of the documentation: Sphinx, MyST, sphinx-book-theme."""
 
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import flax_sbn
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 project = "flax_sbn"
 author = "The flax_sbn authors"
@@ -11,7 +17,9 @@ version = release = flax_sbn.__version__
 
 extensions = [
     "myst_parser",
+    "signatures",  # the file beside this one
     "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -23,8 +31,10 @@ nitpicky = True
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 
-autodoc_typehints = "none"
-autodoc_preserve_defaults = True
+autodoc_typehints = "none"  # docs/signatures.py puts them into signatures
+autosummary_generate = False  # tables only
+maximum_signature_line_length = 72
+toc_object_entries_show_parents = "hide"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 # The attributes of the dataclasses are what their constructors take.
@@ -33,9 +43,14 @@ napoleon_custom_sections = [("Attributes", "params_style")]
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
+# MathJax comes with the site, so that formulas need no network: one file, which needs
+# no others (it draws, and has no fonts), out of a package that brings all of MathJax.
+MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent / "static/mathjax"
+mathjax_path = "tex-svg-full.js"
+
 html_theme = "sphinx_book_theme"
-html_title = "flax_sbn"
-html_static_path = ["_static"]
+html_title = f"flax_sbn {release}"
+html_static_path = ["_static", str(MATHJAX / mathjax_path)]
 html_css_files = ["custom.css"]
 html_theme_options = {
     "home_page_in_toc": True,
@@ -89,7 +104,38 @@ def close_up(app: Any, docname: str, source: list[str]) -> None:
     source[0] = source[0].replace("\n\n```\n", "\n```\n")
 
 
+def space_lines(app: Any, doctree: Any) -> None:
+    """Keeps the lines of a formula apart: fractions would touch those of the next."""
+    from docutils import nodes
+
+    for formula in doctree.findall(nodes.math_block):
+        spaced = formula.astext().replace("\\\\\n", "\\\\[0.5em]\n")
+        formula.children = [nodes.Text(spaced)]
+
+
+def break_lines_in_tables(app: Any, doctree: Any) -> None:
+    """Lets cells break after the dots and underscores of names, not in 1e-07."""
+    from docutils import nodes
+
+    for cell in doctree.findall(nodes.entry):
+        for text in list(cell.findall(nodes.Text)):
+            if isinstance(text.parent, nodes.literal):
+                pieces = re.split(r"(?<=[._])(?=[a-z])", text)
+                may_break = nodes.raw("", "<wbr>", format="html")
+                new = [nodes.Text(pieces[0])]
+                for piece in pieces[1:]:
+                    new += [may_break.deepcopy(), nodes.Text(piece)]
+            else:
+                pieces = re.split(r"(\d[\d.]*e-\d+)", text)
+                new = [nodes.Text(piece) for piece in pieces]
+                for i, number in list(enumerate(pieces))[1::2]:
+                    new[i] = nodes.inline("", number, classes=["number"])
+            text.parent.replace(text, new)
+
+
 def setup(app: Any) -> None:
-    """Registers the two functions above."""
+    """Registers the functions above."""
+    app.connect("doctree-read", space_lines)
+    app.connect("doctree-read", break_lines_in_tables)
     app.connect("missing-reference", link_elsewhere)
     app.connect("source-read", close_up)

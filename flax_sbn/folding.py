@@ -74,9 +74,11 @@ def fold(
     r"""Folds a normalization into the kernel and bias of the layer before it.
 
     .. math::
-      a = \frac{\mathit{scale}}{\sqrt{v + \epsilon}}, \qquad
-      \mathit{kernel}' = a \cdot \mathit{kernel}, \qquad
-      \mathit{bias}' = \mathit{bias} - a \mu
+      \begin{aligned}
+      a &= \frac{\mathit{scale}}{\sqrt{v + \epsilon}} \\
+      \mathit{kernel}' &= a \cdot \mathit{kernel} \\
+      \mathit{bias}' &= \mathit{bias} - a \mu
+      \end{aligned}
 
     Args:
       kernel: ``(..., C)``, of a convolution or dense layer without bias.
@@ -183,12 +185,14 @@ def conv_norm(
     which needs the patch of ``x`` below :math:`S` only:
 
     .. math::
-      z_S = (x * \mathit{kernel})_S, \qquad
-      \mu, v = \mathrm{moments}(z_S), \qquad
-      a = \frac{\mathit{scale}}{\sqrt{v + \epsilon}}
+      \begin{aligned}
+      z_S &= (x * \mathit{kernel})_S \\
+      \mu, v &= \mathrm{moments}(z_S) \\
+      a &= \frac{\mathit{scale}}{\sqrt{v + \epsilon}}
+      \end{aligned}
 
-      y = \mathrm{activation}\big(x * (a \cdot \mathit{kernel})
-      + (\mathit{bias} - a \mu) + \mathit{residual}\big)
+      y = \mathrm{activation}\big(x * (a \cdot \mathit{kernel}) +
+      (\mathit{bias} - a \mu) + \mathit{residual}\big)
 
     Value and gradients are those of convolution, :func:`flax_sbn.batch_norm`, addition
     and activation one after the other, to rounding; the normalized tensor is never

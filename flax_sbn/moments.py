@@ -109,8 +109,11 @@ def pool_moments(first: Moments, second: Moments) -> Moments:
     r"""Returns the moments of the values of both populations together.
 
     .. math::
-      w = \frac{n_2}{n_1 + n_2}, \qquad \mu = \mu_1 + w (\mu_2 - \mu_1), \qquad
-      v = (1 - w) v_1 + w v_2 + w (1 - w) |\mu_2 - \mu_1|^2
+      \begin{aligned}
+      w &= \frac{n_2}{n_1 + n_2} \\
+      \mu &= \mu_1 + w (\mu_2 - \mu_1) \\
+      v &= (1 - w) v_1 + w v_2 + w (1 - w) |\mu_2 - \mu_1|^2
+      \end{aligned}
 
     Only the difference of the means is squared, so nothing cancels where they are
     large, however many populations are added one by one.

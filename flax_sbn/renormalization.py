@@ -36,7 +36,10 @@ def renormalize(
     :math:`s = \sqrt{v + \epsilon}` throughout, the target is
 
     .. math::
-      \mu_t = (1 - w) \mu_b + w \mu_r, \qquad v_t = (1 - w) v_b + w v_r
+      \begin{aligned}
+      \mu_t &= (1 - w) \mu_b + w \mu_r \\
+      v_t &= (1 - w) v_b + w v_r
+      \end{aligned}
 
     and is reached by two corrections that count as constants in the gradient:
 

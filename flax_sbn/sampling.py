@@ -415,8 +415,10 @@ class MixedSampling:
     population:
 
     .. math::
-      \mu = w \mu_v + (1 - w) \mu_r, \qquad
-      v = w v_v + (1 - w) v_r + w (1 - w) |\mu_v - \mu_r|^2
+      \begin{aligned}
+      \mu &= w \mu_v + (1 - w) \mu_r \\
+      v &= w v_v + (1 - w) v_r + w (1 - w) |\mu_v - \mu_r|^2
+      \end{aligned}
 
     Attributes:
       real: sampler of the real images, which are all that it sees.

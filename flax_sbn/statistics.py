@@ -119,8 +119,10 @@ def batch_statistics(
     With :math:`S` the sampled positions and :math:`m = |S|`:
 
     .. math::
-      \mu_c = \frac{1}{m} \sum_{i \in S} x_{ic}, \qquad
-      v_c = \frac{1}{m} \sum_{i \in S} |x_{ic} - \mu_c|^2
+      \begin{aligned}
+      \mu_c &= \frac{1}{m} \sum_{i \in S} x_{ic} \\
+      v_c &= \frac{1}{m} \sum_{i \in S} |x_{ic} - \mu_c|^2
+      \end{aligned}
 
     Args:
       x: ``(N, *spatial, C)``, or with features at ``axis``; the first of the other axes
@@ -274,8 +276,10 @@ def mix_statistics(
     r"""Returns the statistics of a mixed population.
 
     .. math::
-      \mu = \sum_k w_k \mu_k, \qquad
-      v = \sum_k w_k \left( v_k + |\mu_k - \mu|^2 \right)
+      \begin{aligned}
+      \mu &= \sum_k w_k \mu_k \\
+      v &= \sum_k w_k \left( v_k + |\mu_k - \mu|^2 \right)
+      \end{aligned}
 
     Args:
       statistics: those of each population, ``(C,)``.

@@ -1,4 +1,4 @@
-"""The public names: each on the page of the API, and the same layers in both APIs."""
+"""The public names: each on a page of the API, and the same layers in both APIs."""
 
 import re
 from pathlib import Path
@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 import flax_sbn as sbn
+from docs import signatures
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "api.md").read_text()
+DOCS = ROOT / "docs"
+PAGES = {
+    str(page.relative_to(DOCS)): page.read_text()
+    for page in sorted((DOCS / "api").rglob("*.md"))
+}
 NAMESPACES = {
     "flax_sbn": sbn,
     "flax_sbn.alternatives": sbn.alternatives,
@@ -18,23 +23,68 @@ NAMESPACES = {
 }
 
 
-def documented() -> set[str]:
-    """The full names of what the page documents."""
-    found, module = set(), ""
+def documented(page: str) -> list[str]:
+    """The full names of what a page documents."""
+    found, module = [], ""
     for directive, name in re.findall(
-        r"(currentmodule|auto\w+):: ([\w.]+)", PAGE, re.MULTILINE
+        r"(currentmodule|auto(?:class|function)):: ([\w.]+)", page
     ):
         if directive == "currentmodule":
             module = name
         else:
-            found.add(name if name.startswith("flax_sbn.") else f"{module}.{name}")
+            found.append(f"{module}.{name}")
     return found
+
+
+def summarized(page: str) -> list[str]:
+    """The full names in the table that opens a page."""
+    table = re.search(r"<!-- summary -->(.*)<!-- end -->", page, re.DOTALL)
+    return [f"flax_sbn.{name}" for name in re.findall(r"^   ([\w.]+)$", table[1], re.M)]
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_every_public_name_is_documented(namespace):
     names = {f"{namespace}.{name}" for name in NAMESPACES[namespace].__all__}
-    assert names - documented() - NAMESPACES.keys() == set()
+    found = {name for page in PAGES.values() for name in documented(page)}
+    assert names - found - NAMESPACES.keys() == set()
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"api/alternatives.md"}))
+def test_a_page_opens_with_a_table_of_its_names(page):
+    assert summarized(PAGES[page]) == documented(PAGES[page])
+    assert f"{{include}} {page}" in (DOCS / "api.md").read_text()
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES)
+def test_signatures_are_those_of_the_source(namespace):
+    for name in NAMESPACES[namespace].__all__:
+        if f"{namespace}.{name}" not in NAMESPACES:
+            obj = getattr(NAMESPACES[namespace], name)
+            what = "class" if isinstance(obj, type) else "function"
+            written, _ = signatures.write(None, what, name, obj, None, "", "")
+            assert not re.search(r"<|^\(\*args", written), name
+
+
+def test_a_signature_is_short():
+    written, returned = signatures.write(
+        None, "function", "", sbn.update_running, None, "", ""
+    )
+    assert written == (
+        "(running: Statistics, statistics: Statistics, momentum: float | Array, *, "
+        "std_epsilon: float | None=None)"
+    )
+    assert returned == "Statistics"
+
+
+def test_a_layer_takes_fields_of_the_class_it_derives_from():
+    written, _ = signatures.write(
+        None, "class", "", sbn.linen.BatchRenorm, None, "", ""
+    )
+    assert written.startswith("(use_running_average: bool | None=None, axis: int=-1")
+    assert "epsilon: float=1e-5, dtype: DTypeLike | None=None" in written
+    assert "running_weight: float=1.0" in written  # not the 0 of BatchNorm
+    assert "r_max: Schedule=Ramp(begin=5000" in written
+    assert "parent" not in written
 
 
 @pytest.mark.parametrize("line", ["CITATION.cff: version: ", "CHANGELOG.md: ## "])

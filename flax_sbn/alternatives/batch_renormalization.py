@@ -39,8 +39,8 @@ def batch_renorm(
       d &= \mathrm{clip}((\mu_b - \mu) / s,\ -d_{max},\ d_{max})
       \end{aligned}
 
-      y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big)
-      + \mathit{bias}
+      y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big) +
+      \mathit{bias}
 
     Where nothing is clipped that is what inference does, and with ``r_max=1`` and
     ``d_max=0`` it is batch norm.

@@ -37,8 +37,8 @@ def batchless_norm(
     With :math:`\rho` the logarithm of the scale:
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}}
-          + \mathit{bias}
+      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}} +
+      \mathit{bias}
 
     No gradient goes to :math:`\mu` and :math:`\rho`. Images do not meet: training and
     inference are the same, a batch may be a single image, and the gradients of

@@ -30,8 +30,10 @@ def diminishing_batch_norm(
     weight :math:`a_t` that falls from 1 during training:
 
     .. math::
-      \mu_t = a_t \mu_b + (1 - a_t) \mu_{t-1}, \qquad
-      s_t = a_t s_b + (1 - a_t) s_{t-1}
+      \begin{aligned}
+      \mu_t &= a_t \mu_b + (1 - a_t) \mu_{t-1} \\
+      s_t &= a_t s_b + (1 - a_t) s_{t-1}
+      \end{aligned}
 
       y = \mathit{scale} \cdot \frac{x - \mu_t}{s_t} + \mathit{bias}
 

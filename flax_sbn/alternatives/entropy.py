@@ -30,7 +30,10 @@ def shade(
     Each unit has a hidden bit ``z``, whose probability its activation tells:
 
     .. math::
-      p(z = 1 \mid x) = \sigma(x), \qquad p(z = 0 \mid x) = \sigma(-x)
+      \begin{aligned}
+      p(z = 1 \mid x) &= \sigma(x) \\
+      p(z = 0 \mid x) &= \sigma(-x)
+      \end{aligned}
 
     The loss is the variance of the activation within a state, which bounds the
     entropy :math:`H(x \mid z)`: what the activation says beyond its bit. It is the mean

@@ -245,7 +245,10 @@ def add_statistics(a: Statistics, b: Statistics) -> Statistics:
     r"""Returns the statistics of a sum of two independent arrays: a residual add.
 
     .. math::
-      \mu = \mu_a + \mu_b, \qquad v = v_a + v_b
+      \begin{aligned}
+      \mu &= \mu_a + \mu_b \\
+      v &= v_a + v_b
+      \end{aligned}
 
     Args:
       a: ``(A,)``.

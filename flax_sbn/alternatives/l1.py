@@ -27,8 +27,10 @@ def l1_moments(
     With :math:`m` values :math:`x_i` of a feature and their mean :math:`\mu`:
 
     .. math::
-      s = \sqrt{\pi / 2} \cdot \frac{1}{m} \sum_i |x_i - \mu| + \epsilon, \qquad
-      v = s^2 - \epsilon
+      \begin{aligned}
+      s &= \sqrt{\pi / 2} \cdot \frac{1}{m} \sum_i |x_i - \mu| + \epsilon \\
+      v &= s^2 - \epsilon
+      \end{aligned}
 
     Of normally distributed values :math:`s - \epsilon` is the standard deviation. The
     variance is such that :math:`\sqrt{v + \epsilon} = s` is what normalization divides

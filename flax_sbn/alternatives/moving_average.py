@@ -101,8 +101,10 @@ def moving_average_batch_norm(
     :math:`g = \mathit{scale} \cdot r \cdot \partial L / \partial y`:
 
     .. math::
-      \psi = \frac{1}{m} \sum_t \mathrm{mean}(g_t z_t), \qquad
-      \frac{\partial L}{\partial x} = \frac{g - z \psi}{\sqrt{\chi + \epsilon}}
+      \begin{aligned}
+      \psi &= \frac{1}{m} \sum_t \mathrm{mean}(g_t z_t) \\
+      \frac{\partial L}{\partial x} &= \frac{g - z \psi}{\sqrt{\chi + \epsilon}}
+      \end{aligned}
 
     Until ``warmup``, and until the window is full, :math:`\chi` and :math:`\psi` are
     the step's own: with a mean of zero, batch norm. Until ``renorm_warmup``

@@ -63,8 +63,10 @@ def norm_free_residual(
     r"""Adds a branch to its input, each of a variance known at initialization.
 
     .. math::
-      z = \mathrm{activation}(x / \beta), \qquad
-      y = x + \alpha \cdot \mathit{skip\_gain} \cdot \mathrm{branch}(z)
+      \begin{aligned}
+      z &= \mathrm{activation}(x / \beta) \\
+      y &= x + \alpha \cdot \mathit{skip\_gain} \cdot \mathrm{branch}(z)
+      \end{aligned}
 
     and at the start of a stage :math:`\mathrm{shortcut}(z)` in place of ``x``.
 

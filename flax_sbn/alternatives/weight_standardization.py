@@ -98,8 +98,10 @@ def activation_gain(activation: Activation) -> float:
     r"""Returns what to multiply an activation with, to give its output variance one.
 
     .. math::
-      \gamma = \mathrm{Var}\,[\mathrm{activation}(z)]^{-1/2}, \qquad
-      z \sim \mathcal{N}(0, 1)
+      \begin{aligned}
+      \gamma &= \mathrm{Var}\,[\mathrm{activation}(z)]^{-1/2} \\
+      z &\sim \mathcal{N}(0, 1)
+      \end{aligned}
 
     It is integrated numerically on the host, outside of whatever is traced, to about
     eight digits if the activation is smooth but at whole numbers.

@@ -9,8 +9,8 @@ class BatchRenorm(RenormHooks, CountingBatchNorm):
     r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
 
     .. math::
-      y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big)
-      + \mathit{bias}
+      y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big) +
+      \mathit{bias}
 
     :class:`BatchNorm` whose statistics are corrected to the running ones; see
     :func:`flax_sbn.alternatives.batch_renorm` for ``r`` and ``d``, and for the rest

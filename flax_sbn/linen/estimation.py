@@ -37,8 +37,10 @@ def estimate_statistics(
     For a norm with the inputs :math:`x_b` of ``n_b`` values per feature:
 
     .. math::
-      \mu = \frac{\sum_b n_b \mu_b}{\sum_b n_b}, \qquad
-      v = \frac{\sum_b n_b \left( v_b + |\mu_b - \mu|^2 \right)}{\sum_b n_b}
+      \begin{aligned}
+      \mu &= \frac{\sum_b n_b \mu_b}{\sum_b n_b} \\
+      v &= \frac{\sum_b n_b \left( v_b + |\mu_b - \mu|^2 \right)}{\sum_b n_b}
+      \end{aligned}
 
     Also known as precise BN. Do it where running averages are not those of the
     parameters: after averaging parameters, with few training steps or a large momentum.

@@ -27,8 +27,8 @@ class KalmanNorm(nn.Module):
       \begin{aligned}
       \mu' &= p \mu_p + (1 - p) \mu \\
       v' &= p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2 \\
-      y &= \mathit{scale} \cdot \frac{\mathrm{linear}(x) - \mu'}{\sqrt{v' + \epsilon}}
-      + \mathit{bias}
+      y &= \mathit{scale} \cdot \frac{\mathrm{linear}(x) - \mu'}{\sqrt{v' + \epsilon}} +
+      \mathit{bias}
       \end{aligned}
 
     :math:`\mu', v'` are handed on, and averaged for evaluation. See

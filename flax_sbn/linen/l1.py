@@ -8,8 +8,10 @@ class L1BatchNorm(L1Hooks, BatchNorm):
     r"""Batch norm by the mean absolute deviation.
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias}, \qquad
-      s = \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
+      \begin{aligned}
+      y &= \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias} \\
+      s &= \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
+      \end{aligned}
 
     :class:`BatchNorm` otherwise, with its fields and names, for real inputs. The
     running average is that of :math:`s`; the statistic ``var`` is its square less

@@ -19,8 +19,11 @@ class NormFreeBlock(nn.Module):
     With :math:`f` the activation times its gain:
 
     .. math::
-      z = f(x / \beta), \qquad y = x + \alpha \cdot \mathit{skip\_gain} \cdot
+      \begin{aligned}
+      z &= f(x / \beta) \\
+      y &= x + \alpha \cdot \mathit{skip\_gain} \cdot
       \mathrm{conv}_2(f(\mathrm{conv}_1(z)))
+      \end{aligned}
 
     Where the strides or the number of features change, a 1 x 1 convolution of ``z``
     takes the place of ``x``. All convolutions are :class:`WSConv`, the submodules

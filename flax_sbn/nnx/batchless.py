@@ -23,8 +23,8 @@ class BatchlessNorm(nnx.Module):
     r"""Normalization with a mean and a scale that are parameters.
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}}
-          + \mathit{bias}
+      y = \mathit{scale} \cdot \frac{x - \mu}{\sqrt{e^{2 \rho} + \epsilon}} +
+      \mathit{bias}
 
     The parameters ``mean`` and ``log_scale`` (:math:`\mu` and :math:`\rho`) get their
     gradient from :func:`flax_sbn.alternatives.batchless_nll` alone, which the layer

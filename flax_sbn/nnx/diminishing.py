@@ -13,9 +13,11 @@ class DiminishingBatchNorm(DiminishingHooks, CountingBatchNorm):
     r"""Batch norm with a moving average whose steps grow smaller, in training as well.
 
     .. math::
-      \mu_t = a_t \mu_b + (1 - a_t) \mu_{t-1}, \qquad
-      s_t = a_t s_b + (1 - a_t) s_{t-1}, \qquad
-      y = \mathit{scale} \cdot \frac{x - \mu_t}{s_t} + \mathit{bias}
+      \begin{aligned}
+      \mu_t &= a_t \mu_b + (1 - a_t) \mu_{t-1} \\
+      s_t &= a_t s_b + (1 - a_t) s_{t-1} \\
+      y &= \mathit{scale} \cdot \frac{x - \mu_t}{s_t} + \mathit{bias}
+      \end{aligned}
 
     :class:`BatchNorm` that normalizes with its running statistics after they have been
     updated; see :func:`flax_sbn.alternatives.diminishing_batch_norm`, and for the rest

@@ -15,8 +15,10 @@ class FilterResponseNorm(nnx.Module):
     r"""Filter response normalization: each feature map by its root mean square.
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x}{\sqrt{\nu^2 + |\epsilon|}} + \mathit{bias},
-      \qquad \nu^2 = \mathrm{mean}_{HW}(x^2)
+      \begin{aligned}
+      y &= \mathit{scale} \cdot \frac{x}{\sqrt{\nu^2 + |\epsilon|}} + \mathit{bias} \\
+      \nu^2 &= \mathrm{mean}_{HW}(x^2)
+      \end{aligned}
 
     See :func:`flax_sbn.alternatives.filter_response_norm`. There are no running
     statistics and no difference between training and evaluation. The paper's layer is

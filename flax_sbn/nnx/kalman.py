@@ -25,10 +25,12 @@ class KalmanNorm(nnx.Module):
       \mu_p, v_p = \mathrm{moments}\big(\mathrm{linear}(
       \mathrm{relu}(\mu_i + \sqrt{v_i}\, \xi))\big)
 
-      \mu' = p \mu_p + (1 - p) \mu, \qquad
-      v' = p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2, \qquad
-      y = \mathit{scale} \cdot \frac{\mathrm{linear}(x) - \mu'}{\sqrt{v' + \epsilon}}
-      + \mathit{bias}
+      \begin{aligned}
+      \mu' &= p \mu_p + (1 - p) \mu \\
+      v' &= p v_p + (1 - p) v + p (1 - p) (\mu - \mu_p)^2 \\
+      y &= \mathit{scale} \cdot \frac{\mathrm{linear}(x) - \mu'}{\sqrt{v' + \epsilon}} +
+      \mathit{bias}
+      \end{aligned}
 
     :math:`\mu', v'` are handed on, and averaged for evaluation. See
     :func:`flax_sbn.alternatives.kalman_update` for where the prediction is left out.

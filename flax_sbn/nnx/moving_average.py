@@ -41,8 +41,10 @@ class MovingAverageBatchNorm(nnx.Module):
     r"""Batch norm for micro-batches: averages over the last steps, in both directions.
 
     .. math::
-      y = \mathit{scale} \cdot r \frac{x}{\sqrt{\chi + \epsilon}} + \mathit{bias},
-      \qquad \chi = \mathrm{average}_t(\mathrm{mean}(x_t^2))
+      \begin{aligned}
+      y &= \mathit{scale} \cdot r \frac{x}{\sqrt{\chi + \epsilon}} + \mathit{bias} \\
+      \chi &= \mathrm{average}_t(\mathrm{mean}(x_t^2))
+      \end{aligned}
 
     See :func:`flax_sbn.alternatives.moving_average_batch_norm` for ``r`` and the
     backward pass, and put it behind a :class:`CenteredConv` without a bias: it

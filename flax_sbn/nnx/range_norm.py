@@ -14,9 +14,11 @@ class RangeBatchNorm(RangeHooks, BatchNorm):
     With the largest and smallest of ``n`` values, averaged over ``num_chunks`` chunks:
 
     .. math::
-      y = \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias}, \qquad
-      s = \frac{0.35}{2} \cdot \frac{1 + \sqrt{\pi \ln 4}}{\sqrt{2 \ln n}}
+      \begin{aligned}
+      y &= \mathit{scale} \cdot \frac{x - \mu}{s} + \mathit{bias} \\
+      s &= \frac{0.35}{2} \cdot \frac{1 + \sqrt{\pi \ln 4}}{\sqrt{2 \ln n}}
       \left( \mathrm{mean} \max x - \mathrm{mean} \min x \right) + \epsilon
+      \end{aligned}
 
     :class:`BatchNorm` otherwise, with its arguments and names, for real inputs. The
     running average is that of :math:`s`; the statistic ``var`` is its square less

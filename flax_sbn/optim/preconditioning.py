@@ -96,14 +96,18 @@ def precondition_gradients(
     (d_b, d_W)`:
 
     .. math::
-      P = \frac 1 q \begin{pmatrix} 1 & -\mu^\top / \sigma \\
-      0 & \mathrm{diag}(1 / \sigma) \end{pmatrix}, \qquad
-      d_W = \frac{g_W - \mu g_b^\top}{\sigma^2 q^2}, \qquad
-      d_b = \frac{g_b}{q^2} - \mu^\top d_W
+      \begin{aligned}
+      P &= \frac 1 q \begin{pmatrix} 1 & -\mu^\top / \sigma \\
+      0 & \mathrm{diag}(1 / \sigma) \end{pmatrix} \\
+      d_W &= \frac{g_W - \mu g_b^\top}{\sigma^2 q^2} \\
+      d_b &= \frac{g_b}{q^2} - \mu^\top d_W
+      \end{aligned}
 
     .. math::
-      \sigma^2 = v + \epsilon_r \max_i v_i + \epsilon, \qquad
-      q^2 = \max \Big( 1, \frac{n}{N} \Big)
+      \begin{aligned}
+      \sigma^2 &= v + \epsilon_r \max_i v_i + \epsilon \\
+      q^2 &= \max \Big( 1, \frac{n}{N} \Big)
+      \end{aligned}
 
     where :math:`q` shortens the steps of batches that have fewer values :math:`N` of an
     input (``num``) than an output has weights :math:`n`. A convolution has the same
