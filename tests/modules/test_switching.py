@@ -153,6 +153,7 @@ def test_nnx_folded_equals_unfolded(options, x64):
     results = []
     for fold in (True, False):
         model = NNXBlock(jnp.float64, **options)
+        model.conv.bias[...] = cases.inputs((4,), "float64", seed=1)
         assert sbn.nnx.sample_norms(model, SAMPLERS["lattice"], fold=fold) is model
         if fold:
             [norm] = sbn.nnx.switch_report(model, x).norms
