@@ -1,11 +1,21 @@
 """How tests and doctests trace and compile programs, and that these are kept."""
 
+import functools
+import gc
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import pytest
+from jax._src import compiler
+
+# Of XLA's options, those that leave programs as they are and shorten making code of
+# them: no MLIR for what is fused, and one module for LLVM instead of many.
+QUICK = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -26,6 +36,22 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ[name.upper()] = str(value)
 
 
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what lives as long as the tests do."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
+@functools.wraps(compiler.get_compile_options)
+def _quick_options(*args: Any, **kwargs: Any) -> Any:
+    options = _compile_options(*args, **kwargs)
+    options.env_option_overrides = [*options.env_option_overrides, *QUICK.items()]
+    return options
+
+
+_compile_options = compiler.get_compile_options
+
+
 @pytest.fixture(autouse=True)
 def _compile_fast(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -38,6 +64,7 @@ def _compile_fast(
         yield
         return
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    monkeypatch.setattr(compiler, "get_compile_options", _quick_options)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -1,11 +1,9 @@
 """How the folded layers behave in models: streams, evaluation, transforms, devices."""
 
 import chex
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
@@ -67,26 +65,6 @@ def test_a_layer_that_draws_nothing_needs_no_stream(name):
     layer = linen(SAMPLERS[name])
     layer.apply(layer.init(KEY, X), X, mutable=["batch_stats"])
     sbn.nnx.ConvNorm(3, 4, 3, sampler=SAMPLERS[name], rngs=nnx.Rngs(params=0))(X[0])
-
-
-@pytest.mark.parametrize("name", ["all", "BS"])
-def test_statistics_that_are_not_mutable_raise_flax_error(name):
-    layer = linen(SAMPLERS[name])
-    with pytest.raises(flax.errors.ModifyScopeVariableError, match="batch_stats"):
-        layer.apply(layer.init(KEY, X), X, rngs={"sampling": KEY})
-
-
-@pytest.mark.parametrize("name", ["all", "BS"])
-def test_use_running_average_is_given_once(name):
-    twice = linen(SAMPLERS[name])
-    never = linen(SAMPLERS[name], use_running_average=None)
-    variables = twice.init(KEY, X)
-    with pytest.raises(ValueError, match="use_running_average"):
-        train(twice, variables, X, use_running_average=False)
-    with pytest.raises(ValueError, match="use_running_average"):
-        train(never, variables, X)
-    with pytest.raises(ValueError, match="use_running_average"):
-        nnx_layer(SAMPLERS[name], use_running_average=None)(X)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -170,13 +148,6 @@ def test_a_shared_layer_draws_anew():
     assert variables["params"].keys() == {"ConvNorm_0"}
     pairs = [train(model, variables, X, key=key) for key in jax.random.split(KEY, 4)]
     assert any(bool((a != b).any()) for (a, b), _ in pairs)
-
-
-def test_running_statistics_are_float32_in_half_precision():
-    layer = linen(SAMPLERS["BS"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    y, updated = train(layer, layer.init(KEY, X), X)
-    assert y.dtype == jnp.bfloat16
-    assert {s.dtype for s in jax.tree.leaves(updated)} == {np.dtype("float32")}
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,4 +1,4 @@
-"""What flax does with layers, it does with ours: pickle, copy, tabulate, capture."""
+"""What all layers do: copy, tabulate, capture calls, switch modes, keep statistics."""
 
 import contextlib
 import copy
@@ -56,7 +56,8 @@ CASES = [
 
 
 def options_of(name, sampler):
-    sampled = {"sampler": SAMPLERS[sampler]} if takes_sampler(name) else {}
+    chosen = (cases.SAMPLERS | SAMPLERS)[sampler]
+    sampled = {"sampler": chosen} if takes_sampler(name) else {}
     return OPTIONS.get(name, {}) | sampled
 
 
@@ -72,8 +73,8 @@ def linen(name, sampler):
     return cls(*ARGUMENTS.get(name, ()), **options)
 
 
-def nnx_layer(name, sampler):
-    cls, options = getattr(sbn.nnx, name), options_of(name, sampler)
+def nnx_layer(name, sampler, **more):
+    cls, options = getattr(sbn.nnx, name), options_of(name, sampler) | more
     rngs = nnx.Rngs(0)
     if name == "KalmanNorm":
         conv = nnx.Conv(3, 3, (1, 1), use_bias=False, rngs=rngs)
@@ -165,6 +166,76 @@ def test_a_linen_layer_evaluates_only_with_statistics(name, sampler):
     del variables["batch_stats"]
     with pytest.raises(flax.errors.ScopeCollectionNotFound, match="batch_stats"):
         apply(layer, name, variables, train=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [case for case in CASES if case[0] not in STATELESS]
+)
+def test_statistics_of_a_linen_layer_that_are_not_mutable_raise_flax_error(
+    name, sampler
+):
+    layer = linen(name, sampler)
+    with pytest.raises(flax.errors.ModifyScopeVariableError, match="batch_stats"):
+        apply(layer, name, init(layer, name), train=True)
+
+
+# Those whose mode and dtypes may be given to the constructor.
+OWN = [
+    (name, sampler)
+    for name, sampler in CASES
+    if name not in STATELESS and hasattr(getattr(sbn.linen, name), "dtype")
+]
+
+
+@pytest.mark.parametrize(("name", "sampler"), OWN)
+def test_the_mode_of_a_layer_is_given_once(name, sampler):
+    never = linen(name, sampler)
+    variables, rngs = init(never, name), {"sampling": KEY, "dropout": KEY}
+
+    def call(layer, **mode):
+        return layer.apply(variables, X, mutable=["batch_stats"], rngs=rngs, **mode)
+
+    with pytest.raises(ValueError, match="use_running_average"):
+        jax.eval_shape(lambda: call(never))
+    twice = never.clone(use_running_average=False)
+    with pytest.raises(ValueError, match="use_running_average"):
+        jax.eval_shape(lambda: call(twice, use_running_average=False))
+    never = nnx_layer(name, sampler, use_running_average=None)
+    if hasattr(never, "norm") or isinstance(never, nnx.BatchNorm):
+        with pytest.raises(ValueError, match="use_running_average"):
+            jax.eval_shape(lambda: never(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *OWN,
+        *(("BatchNorm", name) for name in cases.SAMPLERS if name not in SAMPLERS),
+    ],
+)
+def test_running_statistics_are_float32_in_half_precision(name, sampler):
+    half = {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
+
+    def by_linen(x):
+        rngs = dict.fromkeys(["params", "sampling", "dropout"], KEY)
+        layer = linen(name, sampler).clone(**half)
+        variables = layer.init(rngs, x, **mode(name, train=True))
+        return layer.apply(
+            variables, x, mutable=["batch_stats"], rngs=rngs, **mode(name, train=True)
+        )
+
+    def by_nnx(x):
+        layer = nnx_layer(name, sampler, **half)
+        return layer(x), nnx.to_pure_dict(nnx.state(layer, nnx.BatchStat))
+
+    x = jax.ShapeDtypeStruct((16, *X.shape[1:]), jnp.bfloat16)
+    for function in (by_linen, by_nnx):
+        y, statistics = jax.eval_shape(function, x)
+        assert y.dtype == jnp.bfloat16
+        dtypes = {leaf.dtype for leaf in jax.tree.leaves(statistics)}
+        # Besides statistics there may be counters.
+        assert jnp.dtype("float32") in dtypes
+        assert dtypes <= {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def state(layer):

@@ -145,9 +145,15 @@ def test_batch_axes_are_taken_together_as_rows(batch, x64):
     residual = cases.inputs((*batch, 9, 8, OUTPUTS), "float64", seed=2)
     mask = np.random.default_rng(3).random((*batch, 1, 8, 1)) < 0.7
     options = {"sampler": sampler, "key": KEY, "activation": jnp.tanh}
-    y, statistics = sbn.conv_norm(x, kernel, residual=residual, mask=mask, **options)
-    flat, residual, mask = (a.reshape(-1, *a.shape[-3:]) for a in (x, residual, mask))
-    expected = unfolded.conv_norm(flat, kernel, residual=residual, mask=mask, **options)
+
+    def run(function, x, residual, mask):
+        return unfolded.quick_jit(functools.partial(function, **options))(
+            x, kernel, residual=residual, mask=mask
+        )
+
+    y, statistics = run(sbn.conv_norm, x, residual, mask)
+    flat = (a.reshape(-1, *a.shape[-3:]) for a in (x, residual, mask))
+    expected = run(unfolded.conv_norm, *flat)
     assert y.shape == (*batch, 9, 8, OUTPUTS)
     assert_same_to_rounding((y.reshape(expected[0].shape), statistics), expected)
 
@@ -179,16 +185,18 @@ def test_without_a_sampler_batch_norm_follows(masked, fast):
     chex.assert_trees_all_equal(actual, expected)
 
 
+given = unfolded.quick_jit(sbn.conv_norm)
+
+
 @pytest.mark.parametrize("name", cases.SAMPLERS)
 def test_a_sample_that_is_masked_out_is_normalized_with_the_running_statistics(name):
     x = cases.inputs((ROWS, 9, 8, INPUTS))
     kernel = cases.inputs((3, 3, INPUTS, OUTPUTS), seed=1)
     running = sbn.Statistics(*cases.inputs((2, OUTPUTS), seed=2) ** 2)
-    y, statistics = sbn.conv_norm(
-        x, kernel, sampler=cases.SAMPLERS[name], key=KEY, mask=False, running=running
-    )
+    fold = functools.partial(sbn.conv_norm, sampler=cases.SAMPLERS[name], mask=False)
+    y, statistics = unfolded.quick_jit(fold)(x, kernel, key=KEY, running=running)
     chex.assert_trees_all_equal(statistics, running)
-    chex.assert_trees_all_equal(y, sbn.conv_norm(x, kernel, statistics=running)[0])
+    chex.assert_trees_all_equal(y, given(x, kernel, statistics=running)[0])
 
 
 @pytest.mark.parametrize("name", ["BS", "FS", "BS+VDN", "lattice"])

@@ -21,11 +21,16 @@ from tests.samples import KEY
 
 pytestmark = pytest.mark.optimized
 
+# How code is made of what XLA fuses changes no number, and takes long by default.
+QUICK = {
+    "xla_cpu_use_fusion_emitters": False,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
 # A CPU computes in float32, and XLA leaves out roundings in between. So results are
 # rounded wherever an accelerator writes them to memory, ...
-WRITTEN = {"xla_allow_excess_precision": False}
+WRITTEN = {"xla_allow_excess_precision": False, **QUICK}
 # ... but not between a convolution and its bias, which are one kernel there.
-FUSED = {"xla_allow_excess_precision": True}
+FUSED = {"xla_allow_excess_precision": True, **QUICK}
 SEEDS = 8
 
 # Sampler, folded and unfolded form, their options, input and kernel.

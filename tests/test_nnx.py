@@ -185,14 +185,6 @@ def test_running_statistics_follow_the_reference():
     assert_close(layer.var[...], var, num=X.size)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_running_statistics_are_float32_in_half_precision(name):
-    layer = layer_of(SAMPLERS[name], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    y = layer(X.astype(jnp.bfloat16))
-    assert y.dtype == jnp.bfloat16
-    assert layer.mean.dtype == layer.var.dtype == jnp.float32
-
-
 def test_options_of_flax_apply_to_samples():
     options = {"axis": 1, "epsilon": 0.5}
     layer = BatchNorm(

@@ -30,37 +30,36 @@ def normalized(x, sampler, scale=None, bias=None, **options):
     return sbn.normalize(x, target, scale, bias)
 
 
-@pytest.mark.parametrize(("r_max", "d_max"), LIMITS)
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_value_and_gradients_are_those_of_batch_renormalization(
-    name, weight, r_max, d_max, x64
-):
+@pytest.mark.parametrize(
+    "case",
+    cases.pairwise(name=list(SAMPLERS), weight=[0.3, 1.0], limits=LIMITS),
+    ids=lambda case: "-".join(map(str, case.values())),
+)
+def test_value_and_gradients_are_those_of_batch_renormalization(case, x64):
+    sampler, weight = SAMPLERS[case["name"]], case["weight"]
+    r_max, d_max = case["limits"]
     x, g = (cases.inputs(SHAPE, "float64", seed=i) for i in range(2))
     scale, bias = cases.inputs((2, 2), "float64", seed=2)
-    sampler = SAMPLERS[name]
 
     @jax.jit
-    def renormalized(x, scale, bias):
-        return normalized(
-            x,
-            sampler,
-            scale,
-            bias,
-            running_weight=weight,
-            r_max=r_max,
-            d_max=d_max,
+    def run(x, scale, bias, g):
+        limits = {"r_max": r_max, "d_max": d_max}
+        y, pullback = jax.vjp(
+            lambda x, *affine: normalized(
+                x, sampler, *affine, running_weight=weight, **limits
+            ),
+            *(x, scale, bias),
         )
+        return y, *pullback(g)
 
     moments = samples.moments(x, sampler)
     normal, r, d = reference.renormalized(x, moments, RUNNING, weight, r_max, d_max)
     if r_max < 3:
         assert (r != 1).all()
         assert (abs(d) <= d_max).all()
-    y, pullback = jax.vjp(renormalized, x, scale, bias)
+    y, dx, dscale, dbias = run(x, scale, bias, g)
     expected = np.asarray(scale) * normal + np.asarray(bias)
     assert_close(y, expected, "float64", num=x.size)
-    dx, dscale, dbias = pullback(g)
     shares = samples.shares(sampler, SHAPE)
     expected, _, _ = reference.backward(x, np.asarray(g) * r, shares, np.asarray(scale))
     assert_close(dx, expected, "float64", num=x.size)
@@ -99,7 +98,7 @@ def test_a_shift_and_a_scaling_of_everything_have_no_gradient(name, x64):
         target = sbn.renormalize(statistics, RUNNING, **options)
         return (g * sbn.normalize(x, target, epsilon=0.0)).sum()
 
-    dx = np.asarray(jax.grad(loss)(x))
+    dx = np.asarray(jax.jit(jax.grad(loss))(x))
     assert_close(dx.mean((0, 1, 2)), np.zeros(2), "float64", num=x.size)
     assert_close(
         (dx * np.asarray(x)).mean((0, 1, 2)), np.zeros(2), "float64", num=x.size
@@ -191,10 +190,12 @@ def test_folding_changes_nothing(name, dtype, x64):
     given = {"x": x, "kernel": kernel, "scale": scale, "bias": bias}
     shapes = jax.eval_shape(folded, **given)
     cotangents = jax.tree.map(lambda y: cases.inputs(y.shape, dtype, seed=3), shapes)
-    actual, expected = (
-        unfolded.value_and_gradients(function, given, cotangents)
-        for function in (folded, apart)
-    )
+    actual, expected = unfolded.quick_jit(
+        lambda given: tuple(
+            unfolded.value_and_gradients(function, given, cotangents)
+            for function in (folded, apart)
+        )
+    )(given)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert_close(a, np.asarray(e), dtype, num=x.size)
 

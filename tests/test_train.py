@@ -27,6 +27,14 @@ SMALL = ["--model", "mlp", "--width", "16", "--epochs", "2", "--seeds", "1"]
 DIGITS = to_device(load_digits().limited(256))
 
 
+@functools.cache
+def made_of_digits(name):
+    """A few examples for training, and for the test."""
+    data = tasks.load(name).limited(64)
+    few = {each: getattr(data, each)[:64] for each in ("test_images", "test_labels")}
+    return to_device(dataclasses.replace(data, **few))
+
+
 def small_trainer(name: str, **settings: object) -> Trainer:
     settings = {"model": "resnet8", "width": 16, "epochs": 1, **settings}
     return Trainer(Settings(**settings), methods.parse_method(name), DIGITS)
@@ -81,7 +89,7 @@ def test_a_sampler_argument_is_never_run_as_code(text) -> None:
 
 @pytest.mark.parametrize("api", list(NETWORKS))
 def test_a_network_trains_in_half_precision(api) -> None:
-    trainer = small_trainer("fs:1/64+vdn:4", api=api, dtype="bfloat16")
+    trainer = small_trainer("fs:1/64+vdn:4", api=api, width=4, dtype="bfloat16")
     *_, last = trainer.train(seed=0)
     assert last.done
     assert np.isfinite(last.loss)
@@ -154,9 +162,9 @@ def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
 
 @pytest.mark.parametrize("images", [None, 4])
 def test_pixels_are_told_apart(images) -> None:
-    scenes = to_device(tasks.load_scenes().limited(64))
+    scenes = made_of_digits("scenes")
     settings = Settings(
-        model="unet", width=4, batch_size=8, norm_batch_size=images, epochs=3
+        model="unet", width=4, batch_size=8, norm_batch_size=images, epochs=2
     )
     trainer = Trainer(settings, methods.parse_method("lattice+vdn:2"), scenes)
     losses = [epoch for epoch in trainer.train(seed=0) if epoch.done]
@@ -181,10 +189,9 @@ def test_pixels_are_told_apart(images) -> None:
 def test_models_and_data_sets_that_do_not_fit_are_refused(
     model, dataset, options, message
 ) -> None:
-    data = to_device(tasks.load(dataset).limited(64))
     settings = Settings(model=model, batch_size=8, **options)
     with pytest.raises(ValueError, match=message):
-        Trainer(settings, methods.parse_method("bn"), data)
+        Trainer(settings, methods.parse_method("bn"), made_of_digits(dataset))
 
 
 def test_a_batch_has_whole_groups_of_rows() -> None:
