@@ -65,9 +65,9 @@ def train_step(params, batch_stats, opt_state, x, y):
 rng = np.random.default_rng(0)
 for epoch in range(1, EPOCHS + 1):
     losses = []
-    for rows in np.split(rng.permutation(len(x_train))[: 21 * BATCH_SIZE], 21):
+    for chosen in np.split(rng.permutation(len(x_train))[: 21 * BATCH_SIZE], 21):
         params, batch_stats, opt_state, loss = train_step(
-            params, batch_stats, opt_state, x_train[rows], y_train[rows]
+            params, batch_stats, opt_state, x_train[chosen], y_train[chosen]
         )
         losses.append(loss)
     print(f"epoch {epoch}: loss {jnp.stack(losses).mean():.3f}")

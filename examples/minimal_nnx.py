@@ -63,8 +63,8 @@ rng = np.random.default_rng(0)
 model.train()
 for epoch in range(1, EPOCHS + 1):
     losses = []
-    for rows in np.split(rng.permutation(len(x_train))[: 21 * BATCH_SIZE], 21):
-        losses.append(train_step(model, optimizer, x_train[rows], y_train[rows]))
+    for chosen in np.split(rng.permutation(len(x_train))[: 21 * BATCH_SIZE], 21):
+        losses.append(train_step(model, optimizer, x_train[chosen], y_train[chosen]))
     print(f"epoch {epoch}: loss {jnp.stack(losses).mean():.3f}")
 
 model.eval()
