@@ -34,22 +34,15 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)
+    # XLA reads its flags once: before those are set that are for other processes.
+    compiler.get_compile_options(num_replicas=1, num_partitions=1)
+    _compile(quick=True)  # fixtures of whole modules, too
 
 
 def pytest_collection_finish() -> None:
     """Spares the garbage collector what lives as long as the tests do."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-
-
-@functools.cache
-def _quick_is_known() -> bool:
-    """Whether this version of XLA has these options."""
-    try:
-        jax.jit(lambda x: x + 1, compiler_options=QUICK)(0.0)
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
 
 
 @functools.wraps(compiler.get_compile_options)
@@ -62,20 +55,26 @@ def _quick_options(*args: Any, **kwargs: Any) -> Any:
 _compile_options = compiler.get_compile_options
 
 
+def _compile(quick: bool) -> None:
+    """Leaves out LLVM's optimizations, too. Without ``quick``, as users compile."""
+    jax.config.update("jax_disable_most_optimizations", quick)
+    compiler.get_compile_options = _quick_options if quick else _compile_options
+
+
 @pytest.fixture(autouse=True)
 def _compile_fast(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    """Leaves out LLVM's optimizations, but for tests that are marked ``optimized``.
+    """Compiles fast, here and in processes of a test, unless marked ``optimized``.
 
     Most tests mostly compile. What XLA itself makes of a program stays the same.
     """
     if request.node.get_closest_marker("optimized"):
+        _compile(quick=False)
         yield
+        _compile(quick=True)
         return
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    if _quick_is_known():
-        monkeypatch.setattr(compiler, "get_compile_options", _quick_options)
-    jax.config.update("jax_disable_most_optimizations", True)
+    flags = [f"--{name}={str(value).lower()}" for name, value in QUICK.items()]
+    monkeypatch.setenv("XLA_FLAGS", " ".join([os.environ.get("XLA_FLAGS", ""), *flags]))
     yield
-    jax.config.update("jax_disable_most_optimizations", False)

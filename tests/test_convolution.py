@@ -151,7 +151,8 @@ def test_a_patch_may_be_anywhere(case, x64):
     }
     x = cases.inputs((2, 7, 8, 3), "float64")
     kernel = cases.inputs((3, 2, 3, 4), "float64", seed=1)
-    z = np.asarray(unfolded.conv(x, kernel, **options))
+    conv = unfolded.quick_jit(functools.partial(unfolded.conv, **options))
+    z = np.asarray(conv(x, kernel))
     extent = z.shape[1:-1]
     sizes = tuple(map(min, case["sizes"], extent))
     counts = [n - size + 1 for n, size in zip(extent, sizes, strict=True)]
@@ -171,11 +172,13 @@ def test_a_patch_may_be_anywhere(case, x64):
     at = unfolded.quick_jit(measure)
     for place in places:
         assert_same_to_rounding(at(x, place), moments([block(z, place)]))
-    assert_same_to_rounding(measure(x, places[-1]), moments([block(z, places[-1])]))
+    # Where the place is known while tracing, too.
+    last = unfolded.quick_jit(functools.partial(measure, starts=places[-1]))
+    assert_same_to_rounding(last(x), moments([block(z, places[-1])]))
 
     # All at once: rows of their own, which see another input each.
     many = np.concatenate([x + i for i in range(len(places))])
-    each = np.split(unfolded.conv(many, kernel, **options), len(places))
+    each = np.split(conv(many, kernel), len(places))
     starts = jnp.asarray(places, jnp.int32).T
     assert_same_to_rounding(
         unfolded.quick_jit(functools.partial(measure, runs=len(places)))(many, starts),
@@ -210,21 +213,25 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
     x = cases.inputs((2, *(7, 8, 6)[:rank], 4), "float64")
     window = (3, 2, 2)[:rank]
     kernel = cases.inputs((*window, 4 // groups, 4), "float64", seed=1)
-    z = unfolded.conv(x, kernel, feature_group_count=groups, **options)
-    extent = z.shape[1:-1]
-    everywhere = tuple(itertools.product(*map(range, extent)))
-    part = Part(1.0, (Lattice(extent, (1,) * rank, everywhere),))
-    padded, convolution = make_convolution(
-        x,
-        window,
-        groups=groups,
-        precision=None,
-        function=case["function"],
-        **options,
-    )
-    below, there = convolution.below(padded, part, extent)
-    expected = z.reshape(2, -1, *[1] * (rank - 1), 4)
-    assert_same_to_rounding(there(below, kernel), expected)
+
+    @unfolded.quick_jit
+    def both(x, kernel):
+        z = unfolded.conv(x, kernel, feature_group_count=groups, **options)
+        extent = z.shape[1:-1]
+        everywhere = tuple(itertools.product(*map(range, extent)))
+        part = Part(1.0, (Lattice(extent, (1,) * rank, everywhere),))
+        padded, convolution = make_convolution(
+            x,
+            window,
+            groups=groups,
+            precision=None,
+            function=case["function"],
+            **options,
+        )
+        below, there = convolution.below(padded, part, extent)
+        return there(below, kernel), z.reshape(2, -1, *[1] * (rank - 1), 4)
+
+    assert_same_to_rounding(*both(x, kernel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,9 +252,14 @@ def test_patches_may_be_in_patches(border, x64):
     x = cases.inputs((8, 7, 12, 3), "float64")
     kernel = cases.inputs((3, 2, 3, 4), "float64", seed=1)
     sampler = Nested()
-    z = unfolded.conv(x, kernel, **options)
-    expected = sbn.batch_statistics(z, sampler=sampler)
+
+    @unfolded.quick_jit
+    def all_three(x, kernel):
+        z = unfolded.conv(x, kernel, **options)
+        expected = sbn.batch_statistics(z, sampler=sampler)
+        return z, expected, sbn.conv_norm(x, kernel, sampler=sampler, **options)[1]
+
+    z, expected, actual = all_three(x, kernel)
     moments = samples.moments(z, sampler)
     assert_same_to_rounding(expected, sbn.Statistics(*moments))
-    _, actual = sbn.conv_norm(x, kernel, sampler=sampler, **options)
     assert_same_to_rounding(actual, expected)

@@ -79,14 +79,13 @@ class NnxNet(nnx.Module):
 def trained(**options):
     """A linen model after a step, its variables anything but those of ``init``."""
     model = Net(options)
-    variables = model.init(KEY, ROW)
+    variables = jax.jit(model.init)(KEY, ROW)
     variables["params"] = jax.tree.map(
         lambda v: v + cases.inputs(v.shape, seed=1).astype(v.dtype) / 4,
         variables["params"],
     )
-    _, updated = model.apply(
-        variables, X, True, mutable=["batch_stats"], rngs={"sampling": KEY}
-    )
+    step = functools.partial(model.apply, train=True, mutable=["batch_stats"])
+    _, updated = jax.jit(step)(variables, X, rngs={"sampling": KEY})
     return model, {**variables, **updated}
 
 
@@ -125,7 +124,7 @@ def test_linen_outputs_stay_and_no_norm_is_left(options):
     chex.assert_trees_all_equal(variables, before)
     assert exported.keys() == {"params"}
     assert "norm" not in str(jax.tree_util.tree_leaves_with_path(exported))
-    actual, expected = (model.apply(v, X) for v in (exported, variables))
+    actual, expected = (jax.jit(model.apply)(v, X) for v in (exported, variables))
     assert_close(actual, expected, "bfloat16" if options else "float32", num=54)
     assert_no_norm_is_left(
         program(model.apply, variables, ROW), program(model.apply, exported, ROW)

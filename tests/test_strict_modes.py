@@ -82,12 +82,13 @@ def test_linen_layers_train_and_evaluate(name, options):
     switch = hasattr(layer, "use_running_average")
     evaluation = {"use_running_average": True} if switch else {}
     training = {"use_running_average": False} if switch else {}
-    variables = layer.init(KEY, X, **evaluation)
+    variables = jax.eval_shape(lambda x: layer.init(KEY, x, **evaluation), X)
+    params = variables.pop("params", {})
     rngs = {"sampling": KEY, "dropout": KEY}
 
-    def train(params, x, mask):
+    def train(params, x, rest, mask):
         y, state = layer.apply(
-            {**variables, "params": params},
+            {**rest, "params": params},
             x,
             mutable=True,
             rngs=rngs,
@@ -98,9 +99,10 @@ def test_linen_layers_train_and_evaluate(name, options):
 
     for mask in masks(layer, name):
         step = jax.value_and_grad(train, (0, 1), has_aux=True)
-        (loss, _), _ = jax.eval_shape(step, variables.get("params", {}), X, mask)
+        (loss, _), _ = jax.eval_shape(step, params, X, variables, mask)
         assert loss.dtype == jnp.float32
-    jax.eval_shape(lambda x: layer.apply(variables, x, **evaluation), X)
+    variables["params"] = params
+    jax.eval_shape(lambda v, x: layer.apply(v, x, **evaluation), variables, X)
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
@@ -108,9 +110,8 @@ def test_nnx_layers_train_and_evaluate(name, options):
     options = dict(options)
     if "norm_cls" in options:
         options["norm_cls"] = getattr(sbn.nnx, options["norm_cls"])
-    layer = getattr(sbn.nnx, name)(
-        4, *LAYERS.get(name, ()), rngs=nnx.Rngs(0), **options
-    )
+    cls, arguments = getattr(sbn.nnx, name), (4, *LAYERS.get(name, ()))
+    layer = nnx.eval_shape(lambda: cls(*arguments, rngs=nnx.Rngs(0), **options))
 
     def train(layer, x, mask):
         return layer(x, **mask).sum()

@@ -119,10 +119,10 @@ def test_vmap_of_values_and_gradients(name, dims):
         one if dim is None else jnp.stack([one, other], dim)
         for one, other, dim in zip(*pairs, dims, strict=True)
     ]
-    for call in (function, gradient):
+    for call in map(jax.jit, (function, gradient)):
         each = [call(*pair) for pair in pairs]
         chex.assert_trees_all_close(
-            jax.vmap(call, dims)(*mapped), jnp.stack(each), rtol=1e-6
+            jax.jit(jax.vmap(call, dims))(*mapped), jnp.stack(each), rtol=1e-6
         )
 
 
