@@ -159,10 +159,10 @@ def setting_table(study: Study) -> str:
         "method",
         "measured",
         "test accuracy, %",
-        "against bn",
+        "accuracy, less bn's",
         f"loss {_EARLY}",
         "last loss",
-        "against bn",
+        "loss, less bn's",
     ]
     return markdown(header, lines, left=1)
 
