@@ -82,8 +82,7 @@ def fixed_fold(
 
     def target(values: Sequence[jax.Array], arrays: Any) -> tuple[Statistics, ...]:
         given = dataclasses.replace(norm, **arrays)
-        axes = tuple(range(len(layer.shape) - 1))
-        statistics = given.statistics(parts, values, axes)
+        statistics = given.statistics(parts, values, layer.axes)
         return statistics, varying_like(x, given.target(statistics))
 
     call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), arrays)

@@ -453,8 +453,8 @@ def _linear_norm(
             given = dataclasses.replace(norm, **arrays)
             parts = given.parts(shape[:-1])
             values = layer.read(parts, x.astype(kernel.dtype), kernel)
-            axes = tuple(range(len(shape) - 1))
-            return given.statistics(parts, values, axes), layer.mean_below(parts, x)
+            found = given.statistics(parts, values, layer.axes)
+            return found, layer.mean_below(parts, x)
 
         # From the wide input, so that gradients are added before they are rounded.
         broad = wide(x)

@@ -67,6 +67,11 @@ class Layer:
     half: bool
     masked: bool
 
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of the output that are measured."""
+        return tuple(range(len(self.shape) - 1))
+
     def read(
         self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
     ) -> list[jax.Array]:
