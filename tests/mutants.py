@@ -54,7 +54,7 @@ _TESTS = {
     "hooks": ["test_linen.py", "test_nnx.py", "alternatives"],
     "switching": ["modules"],
     "estimation": ["modules"],
-    "same_outputs": ["test_export.py"],
+    "same_outputs": ["modules/test_same_outputs.py"],
     "as_stored": ["test_export.py"],
     "moments": ["test_statistics.py", "test_devices.py"],
     "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
