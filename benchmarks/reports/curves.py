@@ -169,22 +169,20 @@ def normalizers_chart(study: Study, ink: str, soft: str) -> Figure:
     found = {}
     for norm, settings in norms.items():
         sizes, means, errors = _by_images(study, settings)
-        alone = [setting.norm_batch_size for setting in settings] == [None]
         # Images that are normalized alone are so in any batch.
-        few = 0 if sizes[0] == fewest or (alone and norm in _ALONE) else None
-        found[norm] = (few, means, errors)
-    order = sorted(found, key=lambda norm: found[norm][1][found[norm][0] or 0])
+        found[norm] = (sizes[0] == fewest or norm in _ALONE, means, errors)
+    order = sorted(found, key=lambda norm: found[norm][1][0])
     figure = Figure(figsize=(8.5, 0.27 * len(order) + 0.9), layout="constrained")
     ax = figure.subplots()
     _style(ax, ink, soft)
     for y, norm in enumerate(order):
         few, means, errors = found[norm]
         dots: Any = {"fmt": "o", "ms": 5, "capsize": 2, "lw": 1.2}
-        if few is not None:
-            ax.plot(means[[few, -1]], [y, y], color=soft, lw=1.2, zorder=1)
+        if few:
+            ax.plot(means[[0, -1]], [y, y], color=soft, lw=1.2, zorder=1)
         ax.errorbar(means[-1], y, xerr=errors[-1], color=COLOURS[1], **dots)
-        if few is not None:
-            ax.errorbar(means[few], y, xerr=errors[few], color=COLOURS[0], **dots)
+        if few:
+            ax.errorbar(means[0], y, xerr=errors[0], color=COLOURS[0], **dots)
     ax.set_yticks(range(len(order)), [_name(norm) for norm in order])
     for text, norm in zip(ax.get_yticklabels(), order, strict=True):
         text.set_fontweight("bold" if norm == "bn" else "normal")
