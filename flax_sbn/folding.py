@@ -419,8 +419,7 @@ def _linear_norm(
 ) -> tuple[jax.Array, Statistics]:
     """Measures, folds and applies; ``batch`` is the shape that the images of x had."""
     norm = Norm(**options)
-    given = [array for array in (x, kernel, scale, bias) if array is not None]
-    dtype = canonicalize_dtype(*given, dtype=norm.dtype)
+    dtype = canonicalize_dtype(x, kernel, scale, bias, dtype=norm.dtype)
     x, _ = promote_dtype(x, kernel, dtype=norm.dtype)
     given_statistics = {} if statistics is None else statistics._asdict()
     _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)

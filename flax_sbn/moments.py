@@ -22,7 +22,6 @@ class Moments(NamedTuple):
 # and ``one_pass``: ``use_fast_variance`` for a whole batch, None for a sample.
 Measure = Callable[[jax.Array, tuple[int, ...], jax.Array | None, bool | None], Moments]
 
-
 _Pair = tuple[jax.Array, jax.Array]  # mean and variance
 
 
@@ -63,7 +62,7 @@ def mean_and_var(
 
 def _raw_moments(x: jax.Array, axes: tuple[int, ...]) -> _Pair:
     mean = x.mean(axes)
-    return (mean, jnp.maximum(0, abs_square(x).mean(axes) - abs_square(mean)))
+    return mean, jnp.maximum(0, abs_square(x).mean(axes) - abs_square(mean))
 
 
 def _two_pass_moments(x: jax.Array, axes: tuple[int, ...]) -> _Pair:

@@ -82,7 +82,7 @@ def normalize(
     y *= factor
     if bias is not None:
         y += expand("bias", bias)
-    return y.astype(_result_type(x, scale, bias, dtype=dtype))
+    return y.astype(canonicalize_dtype(x, scale, bias, dtype=dtype))
 
 
 def batch_norm(
@@ -207,7 +207,7 @@ class Norm(Measurement):
             bias,
             axis=axis,
             epsilon=self.epsilon,
-            dtype=_result_type(x, scale, bias, dtype=self.dtype),
+            dtype=canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
         return y, statistics
 
@@ -215,8 +215,3 @@ class Norm(Measurement):
         """Returns what to normalize with, given what was measured."""
         correct = self.correct or correction(self.running_weight, self.epsilon)
         return correct(statistics, self.running)
-
-
-def _result_type(*args: ArrayLike | None, dtype: DTypeLike | None) -> DTypeLike:
-    given = [arg for arg in args if arg is not None]
-    return canonicalize_dtype(*given, dtype=dtype)

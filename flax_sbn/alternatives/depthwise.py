@@ -99,8 +99,7 @@ def depthwise_affine(
     Source: Xu et al., "BNET: Batch Normalization With Enhanced Linear Transformation",
     arXiv 2011.14150.
     """
-    given = [x, kernel] if bias is None else [x, kernel, bias]
-    dtype = canonicalize_dtype(*given, dtype=dtype)
+    dtype = canonicalize_dtype(x, kernel, bias, dtype=dtype)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
     features = x.shape[-1]
     if kernel.ndim != x.ndim or kernel.shape[-2:] != (1, features):

@@ -362,7 +362,6 @@ def _finish(
     y = y.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
     axes = reduction_axes(x.ndim, axis)
     ones = jnp.ones([n for a, n in enumerate(x.shape) if a not in axes], y.dtype)
-    given = [arg for arg in (x, scale, bias) if arg is not None]
     return normalize(
         y,
         Statistics(jnp.zeros_like(ones), ones),
@@ -370,7 +369,7 @@ def _finish(
         bias,
         axis=axis,
         epsilon=0.0,
-        dtype=canonicalize_dtype(*given, dtype=dtype),
+        dtype=canonicalize_dtype(x, scale, bias, dtype=dtype),
     )
 
 

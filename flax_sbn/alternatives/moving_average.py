@@ -195,9 +195,7 @@ def moving_average_batch_norm(
         bias,
         axis=axis,
         epsilon=epsilon,
-        dtype=canonicalize_dtype(
-            *(arg for arg in (x, scale, bias) if arg is not None), dtype=dtype
-        ),
+        dtype=canonicalize_dtype(x, scale, bias, dtype=dtype),
     )
     updated = update_running(running.statistics(), statistics, momentum)
     return y, MovingAverages(running.step + 1, last, updated.var)

@@ -174,8 +174,7 @@ class Product:
                 dtype=self.compute_dtype,
                 **options,
             )
-            like = [array for array in (*affine, *promoted) if array is not None]
-            like.append(jnp.zeros((), self.dtype))
+            like = (*affine, *promoted, jnp.zeros((), self.dtype))
             y = y.astype(canonicalize_dtype(*like, dtype=dtype))
             return y, statistics._replace(mean=statistics.mean + shift)
 
@@ -199,14 +198,13 @@ def remember(
     fits = y.ndim >= 2 if kernel.ndim == 2 else y.ndim == kernel.ndim
     if not fits or not _is_traced(y):
         return
-    given = [x, kernel] if bias is None else [x, kernel, bias]
     product = Product(
         path,
         x,
         masked_kernel(kernel, getattr(layer, "mask", None)),
         bias,
         fold_like(layer),
-        canonicalize_dtype(*given, dtype=layer.dtype),
+        canonicalize_dtype(x, kernel, bias, dtype=layer.dtype),
         y.dtype,
     )
     key = id(y)
