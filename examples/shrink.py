@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from harness.crops import SUFFIXES, UNREADABLE
+from harness.files import replacing
 from harness.measuring import add_counts, check_positive
 
 
@@ -56,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UNREADABLE as error:
             console.print(f"Expected an image in {file}: {error}.", soft_wrap=True)
             return "unreadable"
-        write(copy, image)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(copy) as part:
+            part.write_bytes(image)
         return "written"
 
     warnings.filterwarnings("ignore", module=r"PIL\.")  # about metadata
@@ -99,17 +102,6 @@ def shrink(encoded: bytes, side: int, quality: int) -> bytes:
     shrunk = io.BytesIO()
     image.save(shrunk, kind, quality=quality)
     return shrunk.getvalue()
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file as a whole, so that none is ever half there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}-{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

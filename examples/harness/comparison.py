@@ -1,15 +1,12 @@
 """What a comparison leaves behind: a new folder of numbers and a plot; a table."""
 
-import contextlib
 import csv
 import dataclasses
 import datetime
 import itertools
 import json
 import math
-import os
 import statistics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,7 @@ from matplotlib.ticker import (
 )
 from rich.table import Table
 
+from harness.files import replacing
 from harness.progress import outcome
 
 # Okabe & Ito's colours, which colour-blind readers tell apart, and two of Tol's.
@@ -110,17 +108,17 @@ class Report:
                 for run in self.runs
             ],
         }
-        with _replacing(self.folder / "results.json") as path:
+        with replacing(self.folder / "results.json") as path:
             path.write_text(json.dumps(results, indent=2) + "\n")
         with (
-            _replacing(self.folder / "results.csv") as path,
+            replacing(self.folder / "results.csv") as path,
             path.open("w", newline="") as file,
         ):
             writer = csv.DictWriter(file, fieldnames=list(self.rows()[0]))
             writer.writeheader()
             writer.writerows(self.rows())
         if any(map(_drawable, self.runs)):
-            with _replacing(self.folder / "curves.png") as path:
+            with replacing(self.folder / "curves.png") as path:
                 self._plot(path)
 
     def table(self) -> Table:
@@ -179,7 +177,7 @@ class Report:
             title="method", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left"
         )
         figure.suptitle(f"{self.about['title']}: mean and range of the seeds")
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130, format="png")
         plt.close(figure)
 
 
@@ -208,11 +206,3 @@ def new_folder(wanted: Path | None, name: str) -> Path:
             continue
         return folder
     raise AssertionError
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Hands out a temporary path and moves it into place when all went well."""
-    temporary = path.with_name(f".{path.name}.part{path.suffix}")
-    yield temporary
-    os.replace(temporary, path)
