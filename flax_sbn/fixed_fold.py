@@ -109,6 +109,9 @@ def fixed_fold(
             statistics, towards = call(values, *constants)
             return statistics, towards, lax.rsqrt(towards.var + layer.epsilon)
 
+        def narrowed(kernel: jax.Array, tangent: jax.Array) -> jax.Array:
+            return jax.jvp(narrow, [kernel.astype(tangent.dtype)], [tangent])[1]
+
         # Once, as sums over devices are not merged afterwards.
         values = measured(x, kernel)
         (statistics, towards, r), along = jax.linearize(moments, values, constants)
@@ -116,10 +119,9 @@ def fixed_fold(
         kernel_folded = scaled(kernel, factor)
 
         # The tangent of the sample, and that times the factor.
-        tnarrow = jax.jvp(narrow, [kernel], [tkernel])[1]
-        tz = layer.read(parts, x, tnarrow)
+        tz = layer.read(parts, x, narrowed(kernel, tkernel))
         tscaled = wide(scaled(tkernel, factor))
-        tq = layer.read(parts, x, jax.jvp(narrow, [wide(kernel)], [tscaled])[1])
+        tq = layer.read(parts, x, narrowed(kernel, tscaled))
         ty = None
         if not isinstance(tx, SymbolicZero):
             tz = [*map(jnp.add, tz, layer.read(parts, tx, narrow(kernel)))]
@@ -136,8 +138,7 @@ def fixed_fold(
             tshift += tbias
 
         tfolded = scaled(tkernel, factor) + scaled(kernel, tfactor)
-        _, tapplied = jax.jvp(narrow, [kernel_folded], [tfolded])
-        by_kernel = layer.linear(x, tapplied)
+        by_kernel = layer.linear(x, narrowed(kernel_folded, tfolded))
         ty = layer.shifted(by_kernel if ty is None else ty + by_kernel, tshift)
         y = output(x, kernel, towards, scale, bias)
         return (y, statistics), (ty, tstatistics)

@@ -10,7 +10,7 @@ import pytest
 
 import flax_sbn as sbn
 from tests import cases, unfolded
-from tests.closeness import assert_same_to_rounding
+from tests.closeness import assert_same_to_rounding, assert_trees_close
 from tests.samples import KEY
 
 ROWS, INPUTS, OUTPUTS = 12, 4, 8
@@ -135,6 +135,58 @@ def test_dense_layers_fold(case, x64):
         weights((INPUTS, OUTPUTS)),
         case,
     )
+
+
+@pytest.mark.parametrize("sampler", ["lattice", "BS"])
+def test_parameters_may_be_narrower_than_what_is_computed(sampler, x64):
+    x = cases.inputs((ROWS, 13, INPUTS), "float64")
+    kernel = cases.inputs((3, INPUTS, OUTPUTS), "float32", seed=1)
+    scale, bias = cases.inputs((2, OUTPUTS), "float32", seed=2)
+    arguments = {"x": x, "kernel": kernel, "scale": scale, "bias": bias}
+    options = {"sampler": cases.SAMPLERS[sampler], "key": KEY}
+    cotangents = (
+        cases.inputs((ROWS, 13, OUTPUTS), "float64", seed=4),
+        sbn.Statistics(*cases.inputs((2, OUTPUTS), "float64", seed=5)),
+    )
+    (*value, grads), (*expected, plain) = (
+        unfolded.value_and_gradients(
+            functools.partial(function, **options), arguments, cotangents
+        )
+        for function in (sbn.conv_norm, unfolded.conv_norm)
+    )
+    assert_same_to_rounding((value, grads.pop("x")), (expected, plain.pop("x")))
+    assert_trees_close(grads, plain)
+
+
+FLOATS = ["float16", "bfloat16", "float32", "float64"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    cases.pairwise(
+        x=FLOATS,
+        kernel=FLOATS,
+        scale=FLOATS,
+        dtype=[None, *FLOATS],
+        sampler=["lattice", "BS"],
+    ),
+    ids=name,
+)
+def test_arguments_of_all_dtypes_meet(case, x64):
+    x = jnp.zeros((ROWS, 13, INPUTS), case["x"])
+    kernel = jnp.zeros((3, INPUTS, OUTPUTS), case["kernel"])
+    scale, bias = jnp.zeros((2, OUTPUTS), case["scale"])
+    options = {"dtype": case["dtype"], "sampler": cases.SAMPLERS[case["sampler"]]}
+
+    def loss(*arguments):
+        y, _ = sbn.conv_norm(*arguments, **options, key=KEY)
+        expected = case["dtype"] or jnp.result_type(*arguments)
+        assert y.dtype == expected
+        return y.sum()
+
+    arguments = (x, kernel, scale, bias)
+    grads = jax.eval_shape(jax.grad(loss, (0, 1, 2, 3)), *arguments)
+    assert [g.dtype for g in grads] == [a.dtype for a in arguments]
 
 
 @pytest.mark.parametrize("batch", [(), (2, 6), (3, 1, 4)], ids=str)
