@@ -31,7 +31,7 @@ SAMPLERS: dict[str, sbn.Sampler] = {
     "lattice": LATTICE,
     "lattice+VDN": sbn.MixedSampling(LATTICE, sbn.VirtualSampling(4)),
 }
-# Those that need more than rows. A lattice does not: without a map it measures all.
+# Those that need more than examples. A lattice does not: without a map it measures all.
 SPATIAL = {"FS-one-patch", "FS", "FS+VDN"}
 
 # Small inputs by rank, features last.
@@ -109,8 +109,8 @@ def border(name: str, rank: int) -> dict[str, Any]:
     return {"padding": padding, "input_dilation": input_dilation[:rank]}
 
 
-# What one row of a batch normalization's input is, in real models: ResNet-50's stem and
-# stages at 224 x 224, and a multilayer perceptron.
+# What one example of a batch normalization's input is, in real models: ResNet-50's stem
+# and stages at 224 x 224, and a multilayer perceptron.
 LAYER_SHAPES: dict[str, tuple[int, ...]] = {
     "resnet50-stem": (112, 112, 64),
     "resnet50-stage1": (56, 56, 64),

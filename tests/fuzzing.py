@@ -21,7 +21,7 @@ from tests import reference, samples, unfolded
 from tests.closeness import assert_close, tolerance
 
 EXPLICIT, AUTO = AxisType.Explicit, AxisType.Auto
-# Rows are divided along the first axis, and repeated along the second.
+# Examples are divided along the first axis, and repeated along the second.
 MESHES: dict[str, Any] = {
     "one device": None,
     "8 auto": ((8,), ("data",), (AUTO,)),
@@ -47,7 +47,7 @@ class Layer:
 
     Attributes:
       form: one of ``FORMS``.
-      extent: rows and space of the input.
+      extent: examples and space of the input.
       sampler: of the norm.
       dtype: of input and computation; the parameters are float32, or float64.
       mesh: one of ``MESHES``.
@@ -268,7 +268,7 @@ def _program(layer: Layer) -> Any:
 
 
 def _on_mesh(layer: Layer, arguments: Any, cotangent: Any, rest: Any) -> Any:
-    """Runs a layer with its rows divided among the devices."""
+    """Runs a layer with its examples divided among the devices."""
     if MESHES[layer.mesh] is None:
         return jax.device_get(_program(layer)(arguments, cotangent, rest))
     mesh = jax.make_mesh(*MESHES[layer.mesh])

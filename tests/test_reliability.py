@@ -4,51 +4,52 @@ import json
 
 import pytest
 
-from reliability import bad_rows, extremes, fuzz, normalizers, soak
+from reliability import bad_examples, extremes, fuzz, normalizers, soak
 from reports import reliability_tables
 
 
 @pytest.mark.parametrize(
-    ("name", "harmless"), [("VDN 4 folded", 12), ("BS 4", 12), ("FS 1/16", 0)]
+    ("name", "harmless"),
+    [("vdn:4 folded", 12), ("bs:4", 12), ("fs:1/16", 0), ("lattice folded", 0)],
 )
-def test_a_bad_row_that_is_not_measured_harms_no_other(name, harmless) -> None:
-    results = bad_rows.measure(name, "NaN")
+def test_a_bad_example_that_is_not_measured_harms_no_other(name, harmless) -> None:
+    results = bad_examples.measure(name, "NaN")
     kept = [result for result in results if not result.state]
     assert sum(result.places for result in kept) == harmless
-    assert all((result.rows, result.changed) == (0, 0) for result in kept)
+    assert all((result.examples, result.changed) == (0, 0) for result in kept)
     for result in results:
         if result.state:
-            assert result.rows == bad_rows.SHAPE[0] - 1
+            assert result.examples == bad_examples.SHAPE[0] - 1
 
 
-def test_a_masked_row_of_zeros_harms_nothing(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(bad_rows, "FILLS", {"NaN": bad_rows.FILLS["NaN"]})
-    cures = {name: bad_rows.CURES[name] for name in ("nothing", "zero and mask")}
-    monkeypatch.setattr(bad_rows, "CURES", cures)
-    path = tmp_path / "results" / "rows.json"
-    argv = ["--method", "FS 1/16", "--json", str(path)]
-    assert bad_rows.main(argv) == 0
+def test_a_masked_example_of_zeros_harms_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(bad_examples, "FILLS", {"NaN": bad_examples.FILLS["NaN"]})
+    cures = {name: bad_examples.CURES[name] for name in ("nothing", "zero and mask")}
+    monkeypatch.setattr(bad_examples, "CURES", cures)
+    path = tmp_path / "results" / "examples.json"
+    argv = ["--method", "fs:1/16", "--json", str(path)]
+    assert bad_examples.main(argv) == 0
     worst, cured = json.loads(path.read_text())["results"]
-    lost = ("rows", "changed", "state", "row_gradients", "gradients")
+    lost = ("examples", "changed", "state", "example_gradients", "gradients")
     assert [worst[name] for name in lost] == [15, 0, True, 15, True]
     assert [cured[name] for name in lost] == [0, 0, False, 0, False]
     lines = capsys.readouterr().out.replace(" ", "").splitlines()
-    assert "|FS1/16|any|allexamples|lost|allexamples|lost|nowhere|" in lines
+    assert "|fs:1/16|any|allexamples|lost|allexamples|lost|nowhere|" in lines
     assert "|zeroandmask|1|0|0|0|0|0|" in lines
     with pytest.raises(SystemExit):
-        bad_rows.main(argv)
+        bad_examples.main(argv)
 
 
 def test_extremes_are_compared_with_float64(tmp_path, capsys) -> None:
     path = tmp_path / "extremes.json"
-    cases = ["constant 1000.1", "mean 1e4", "empty mask", "one row"]
-    argv = ["--method", "BS 4", "--case", *cases, "--json", str(path)]
+    cases = ["constant 1000.1", "mean 1e4", "empty mask", "one example"]
+    argv = ["--method", "bs:4", "--case", *cases, "--json", str(path)]
     assert extremes.main(argv) == 0
     results = {row["case"]: row for row in json.loads(path.read_text())["results"]}
     assert results["constant 1000.1"]["y_error"] < 1e-5
     assert results["mean 1e4"]["y_error"] < 1e-2
     assert results["empty mask"]["kept"]
-    assert results["one row"]["error"].startswith("Expected num_samples")
+    assert results["one example"]["error"].startswith("Expected num_samples")
     assert "refused" in capsys.readouterr().out
 
 
@@ -93,7 +94,7 @@ def test_training_keeps_its_memory_and_its_program(
 ) -> None:
     monkeypatch.setattr(soak, "MODEL", "mlp")
     monkeypatch.setattr(soak, "NETWORKS", {api: soak.NETWORKS[api]})
-    monkeypatch.setattr(soak, "METHODS", dict([*soak.METHODS.items()][:1]))
+    monkeypatch.setattr(soak, "METHODS", soak.METHODS[:1])
     path = tmp_path / "soak.json"
     argv = ["--steps", "6", "--every", "2", "--json", str(path)]
     assert soak.main(argv) == 0
@@ -111,4 +112,4 @@ def test_more_arrays_or_programs_are_told() -> None:
 
 def test_every_table_is_of_a_script() -> None:
     kinds = {kind for kind, _ in reliability_tables.TABLES.values()}
-    assert kinds == {"bad_rows", "extremes", "fuzz", "soak", "kill_and_resume"}
+    assert kinds == {"bad_examples", "extremes", "fuzz", "soak", "kill_and_resume"}

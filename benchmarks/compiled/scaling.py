@@ -48,7 +48,7 @@ class Pooled(Method):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A normalization, and whether ``jax.shard_map`` gives each device its rows."""
+    """A normalization, and whether ``jax.shard_map`` gives each device its images."""
 
     method: Method
     mapped: bool = False
@@ -135,7 +135,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         __doc__,
         epilog="""variants: a normalization, and how the step is divided among devices:
   jit     one program of sharded arrays, statistics of the whole batch
-  own     jax.shard_map, statistics of each device's own rows
+  own     jax.shard_map, statistics of each device's own images
   pooled  jax.shard_map, statistics of all devices (axis_name)
 
 examples:

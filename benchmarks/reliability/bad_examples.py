@@ -1,9 +1,10 @@
-"""Where a NaN or an infinity in one row gets to, with every way to normalize.
+"""Where a NaN or an infinity in one example gets to, with every way to normalize.
 
-Each row of a batch in turn is NaN, or infinite, or NaN at a single position. The loss
-leaves that row out. Counted is what else is lost: other rows of the output, the running
-statistics, the gradients of other rows, those of the parameters; and whether masking
-the row, or setting it to zero, helps. Prints tables and writes JSON.
+Each example of a batch in turn is NaN, or infinite, or NaN at a single position. The
+loss leaves that example out. Counted is what else is lost: other examples of the
+output, the running statistics, the gradients of other examples, those of the
+parameters; and whether masking the example, or setting it to zero, helps. Prints
+tables and writes JSON.
 """
 
 import dataclasses
@@ -32,9 +33,9 @@ from reports import reliability_tables
 from speed import timing
 
 SHAPE = (16, 8, 8, FEATURES)
-# What is put in, and whether into a whole row.
+# What is put in, and whether in all of the example.
 FILLS = {"NaN": (jnp.nan, True), "inf": (jnp.inf, True), "one NaN": (jnp.nan, False)}
-# What is done about it: whether the row is masked, and whether it is set to zero.
+# What is done about it: whether the example is masked, and whether it is set to zero.
 CURES = {
     "nothing": (False, False),
     "mask": (True, False),
@@ -44,20 +45,20 @@ CURES = {
 
 
 class Lost(NamedTuple):
-    """What a bad row takes along.
+    """What a bad example takes along.
 
     Attributes:
-      rows: other rows of the output that are not finite.
-      changed: other rows of the output that are finite, but not what they were.
+      examples: other examples of the output that are not finite.
+      changed: other examples of the output that are finite, but not what they were.
       state: whether running statistics are not finite.
-      row_gradients: other rows of the input's gradient that are not finite.
+      example_gradients: other examples of the input's gradient that are not finite.
       gradients: whether gradients of parameters are not finite.
     """
 
-    rows: Any
+    examples: Any
     changed: Any
     state: Any
-    row_gradients: Any
+    example_gradients: Any
     gradients: Any
 
 
@@ -69,7 +70,7 @@ class Result:
       method: the normalization.
       fill: what stands there, of ``FILLS``.
       cure: what is done about it, of ``CURES``.
-      places: how many places have this result; of how many in all real rows.
+      places: how many places have this result; of how many in all real examples.
     """
 
     method: str
@@ -77,10 +78,10 @@ class Result:
     cure: str
     places: int
     of: int
-    rows: int
+    examples: int
     changed: int
     state: bool
-    row_gradients: int
+    example_gradients: int
     gradients: bool
 
 
@@ -90,10 +91,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_names(parser, "--method", METHODS)
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)
-    path = timing.new_path(parser, args.json, "bad-rows-{device}")
+    path = timing.new_path(parser, args.json, "bad-examples-{device}")
     report: dict[str, Any] = {
-        "benchmark": "bad_rows",
-        "what": "what a row that is not finite takes along",
+        "benchmark": "bad_examples",
+        "what": "what an example that is not finite takes along",
         **describe_device(),
         "dtype": "float32",
         "shape": SHAPE,
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         unique = list(dict.fromkeys(results))
         report["results"] += [dataclasses.asdict(result) for result in unique]
         timing.write(path, report)
-    print(reliability_tables.bad_rows_table(report))
+    print(reliability_tables.bad_examples_table(report))
     print(reliability_tables.cures_table(report))
     print(f"Numbers: {path}")
     return 0
@@ -120,9 +121,9 @@ def measure(name: str, fill: str, cure: str = "nothing") -> list[Result]:
     (value, whole), (masked, zero) = FILLS[fill], CURES[cure]
     if masked and not normalizers.takes_mask(method):
         return []
-    rows = range(SHAPE[0] - method.virtual)
+    examples = range(SHAPE[0] - method.virtual)
     positions = range(-1, 0) if whole else range(SHAPE[1] * SHAPE[2])
-    places = np.array(list(itertools.product(rows, positions)), np.int32)
+    places = np.array(list(itertools.product(examples, positions)), np.int32)
     value = 0.0 if zero else value
     found = jax.device_get(_program(method, masked)(jnp.float32(value), places))
     counts = Counter(zip(*(each.tolist() for each in found), strict=True))
@@ -139,9 +140,9 @@ def _program(method: Method, masked: bool) -> Any:
     variables = normalizers.initial(method, x)
 
     def lost(fill: jax.Array, place: jax.Array) -> Lost:
-        row, position = place
-        rows = jnp.arange(SHAPE[0])[:, None, None, None]
-        others = rows != row
+        example, position = place
+        examples = jnp.arange(SHAPE[0])[:, None, None, None]
+        others = examples != example
         there = (jnp.arange(SHAPE[1] * SHAPE[2]) == position) | (position < 0)
         bad = ~others & there.reshape(1, *SHAPE[1:3], 1)
         wanted = jnp.where(others, cotangent, 0)
@@ -151,13 +152,13 @@ def _program(method: Method, masked: bool) -> Any:
             method, variables, jnp.where(bad, fill, x), wanted, mask
         )
         others = others.ravel()
-        finite = _finite_rows(found.y)
+        finite = _finite_examples(found.y)
         same = (abs(found.y - clean.y) < 1e-3).all(tuple(range(1, x.ndim)))
         return Lost(
-            rows=(others & ~finite).sum(),
+            examples=(others & ~finite).sum(),
             changed=(others & finite & ~same).sum(),
             state=~_all_finite(found.state),
-            row_gradients=(others & ~_finite_rows(found.x)).sum(),
+            example_gradients=(others & ~_finite_examples(found.x)).sum(),
             gradients=~_all_finite(found.params),
         )
 
@@ -167,7 +168,7 @@ def _program(method: Method, masked: bool) -> Any:
     return jax.jit(all_places)
 
 
-def _finite_rows(x: jax.Array) -> jax.Array:
+def _finite_examples(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all(tuple(range(1, x.ndim)))
 
 

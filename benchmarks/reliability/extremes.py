@@ -1,8 +1,8 @@
 """What every way to normalize makes of finite values that are hard on it.
 
 A constant feature, a mean far from zero, numbers near the largest of their type, a
-single row, a mask that leaves nothing. The truth is the same layer in float64, with the
-same sample. Prints a table and writes JSON.
+single example, a mask that leaves nothing. The truth is the same layer in float64, with
+the same sample. Prints a table and writes JSON.
 """
 
 import dataclasses
@@ -40,7 +40,7 @@ class Case:
       mean: of all values.
       spread: half the width of the uniform distribution that they are drawn from.
       constant: what one feature is everywhere instead, if not None.
-      rows: how many there are, beside virtual ones.
+      examples: how many there are, in addition to virtual ones.
       space: spatial extent.
       empty_mask: whether a mask leaves nothing to measure.
       options: of the layer.
@@ -49,15 +49,15 @@ class Case:
     mean: float = 0.0
     spread: float = 3**0.5
     constant: float | None = None
-    rows: int = SHAPE[0]
+    examples: int = SHAPE[0]
     space: tuple[int, ...] = SHAPE[1:3]
     empty_mask: bool = False
     options: Options = normalizers.DEFAULT
 
     def values(self, method: Method) -> np.ndarray:
         """Returns the input of a method."""
-        virtual = method.virtual if self.rows == 1 else 0
-        shape = (self.rows + virtual, *self.space, FEATURES)
+        virtual = method.virtual if self.examples == 1 else 0
+        shape = (self.examples + virtual, *self.space, FEATURES)
         rng = np.random.default_rng(0)
         x = self.mean + self.spread * rng.uniform(-1, 1, shape)
         if self.constant is not None:
@@ -73,8 +73,8 @@ CASES: dict[str, Case] = {
     "float32 1e20": Case(spread=1e20),
     "float16 6e4": Case(spread=_LARGEST_HALF, options=_HALF),
     "float16 products": Case(spread=_LARGEST_HALF, options=_HALF._replace(gain=16.0)),
-    "one row": Case(rows=1),
-    "one row, no space": Case(rows=1, space=()),
+    "one example": Case(examples=1),
+    "one example, no space": Case(examples=1, space=()),
     "empty mask": Case(empty_mask=True),
 }
 

@@ -36,7 +36,7 @@ class Method(NamedTuple):
     Attributes:
       norm: makes the norm; called with the dtype of the computation.
       folded: the sampler, if the norm is folded into the convolution.
-      virtual: how many rows at the end of the batch are virtual.
+      virtual: how many examples at the end of the batch are virtual.
     """
 
     norm: Callable[..., Any]
@@ -109,10 +109,10 @@ class Layer(nn.Module):
 
 
 def takes_mask(method: Method) -> bool:
-    """Whether a method's norm takes a mask of rows."""
+    """Whether a method's norm takes a mask of examples."""
     norm: Any = method.norm
     norm = norm.func if isinstance(norm, functools.partial) else norm
-    # A group norm has nothing left where a row is masked.
+    # A group norm has nothing left where an example is masked.
     return (
         "mask" in inspect.signature(norm.__call__).parameters
         and norm is not nn.GroupNorm
@@ -167,13 +167,16 @@ def step(
 
 _VIRTUAL = 4
 SAMPLERS: dict[str, sbn.Sampler] = {
-    "NS 4": sbn.NaiveSampling(4),
-    "BS 4": sbn.BatchSampling(4),
-    "FS 1/16": sbn.FeatureSampling(1 / 16),
-    "copies 2": sbn.CopySampling(2),
-    "VDN 4": sbn.VirtualSampling(_VIRTUAL),
-    "BS+VDN": sbn.MixedSampling(sbn.BatchSampling(4), sbn.VirtualSampling(_VIRTUAL)),
-    "FS+VDN": sbn.MixedSampling(
+    "lattice": sbn.LatticeSampling(),
+    "ns:4": sbn.NaiveSampling(4),
+    "bs:4": sbn.BatchSampling(4),
+    "fs:1/16": sbn.FeatureSampling(1 / 16),
+    "copies:2": sbn.CopySampling(2),
+    "vdn:4": sbn.VirtualSampling(_VIRTUAL),
+    "bs:4+vdn:4": sbn.MixedSampling(
+        sbn.BatchSampling(4), sbn.VirtualSampling(_VIRTUAL)
+    ),
+    "fs:1/16+vdn:4": sbn.MixedSampling(
         sbn.FeatureSampling(1 / 16), sbn.VirtualSampling(_VIRTUAL)
     ),
 }
@@ -183,7 +186,7 @@ def _sampled() -> dict[str, Method]:
     """Returns batch norm with each sampler, unfolded and folded."""
     methods = {}
     for name, sampler in SAMPLERS.items():
-        virtual = _VIRTUAL if "VDN" in name else 0
+        virtual = _VIRTUAL if "vdn" in name else 0
         norm = functools.partial(sbn.linen.BatchNorm, sampler=sampler)
         methods[name] = Method(norm, virtual=virtual)
         methods[f"{name} folded"] = Method(sbn.linen.BatchNorm, sampler, virtual)
@@ -201,9 +204,9 @@ METHODS: dict[str, Method] = {
     "no sampler in two passes": Method(_TWO_PASSES),
     **_sampled(),
     "ghost groups of 4": Method(functools.partial(sbn.linen.BatchNorm, ghost_groups=4)),
-    "FS 1/16 with running_weight": Method(
+    "fs:1/16~3/4": Method(
         functools.partial(
-            sbn.linen.BatchNorm, sampler=SAMPLERS["FS 1/16"], running_weight=0.75
+            sbn.linen.BatchNorm, sampler=SAMPLERS["fs:1/16"], running_weight=0.75
         )
     ),
     **{

@@ -1,6 +1,6 @@
 """Trains for some thousand steps, and watches memory and the number of programs.
 
-A small network with folded norms, in linen and nnx, with other images and another key
+A small network with folded norms, in Linen and NNX, with other images and another key
 in each step. After a warm-up nothing may grow: neither the arrays that are alive, nor
 the memory of the process, nor the programs that are compiled. Prints a table and writes
 JSON.
@@ -23,22 +23,15 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import flax_sbn as sbn
+from harness import methods
 from harness.command_line import Parser
 from harness.measuring import add_counts, check_positive, describe_device
-from harness.methods import Method
 from harness.networks import NETWORKS, Settings, Variables
 from reports import reliability_tables
 from speed import timing
 
 MODEL, SHAPE, CLASSES = "resnet8", (32, 8, 8, 3), 10
-METHODS = {
-    method.name: method
-    for method in (
-        Method("BS 8 folded", sampler=sbn.BatchSampling(8), folded=True),
-        Method("FS 1/16 folded", sampler=sbn.FeatureSampling(1 / 16), folded=True),
-    )
-}
+METHODS = tuple(methods.parse(name).fold() for name in ("lattice", "fs:1/16"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,16 +55,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         "shape": SHAPE,
         "results": [],
     }
-    for api, name in itertools.product(NETWORKS, METHODS):
-        looks = train(api, METHODS[name], args.steps, args.every)
-        report["results"].append({"api": api, "method": name, "looks": looks})
+    for api, method in itertools.product(NETWORKS, METHODS):
+        looks = train(api, method, args.steps, args.every)
+        report["results"].append({"api": api, "method": method.name, "looks": looks})
         timing.write(path, report)
     print(reliability_tables.soak_table(report))
     print(f"Numbers: {path}")
     return int(any(grew(row["looks"]) for row in report["results"]))
 
 
-def train(api: str, method: Method, steps: int, every: int) -> list[dict[str, Any]]:
+def train(
+    api: str, method: methods.Method, steps: int, every: int
+) -> list[dict[str, Any]]:
     """Returns what was there after every so many steps."""
     settings = Settings(model=MODEL, api=api, width=4)
     network = NETWORKS[api](settings, method, SHAPE[1:], CLASSES)

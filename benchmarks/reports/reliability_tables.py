@@ -8,7 +8,7 @@ from reports.tables import Report, markdown, number
 Row = dict[str, Any]
 
 
-def bad_rows_table(report: Report) -> str:
+def bad_examples_table(report: Report) -> str:
     """Returns what a bad example takes along: methods that are alike share lines."""
     found = [row for row in report["results"] if row["cure"] == "nothing"]
     alike: dict[tuple[Any, ...], list[str]] = {}
@@ -18,7 +18,7 @@ def bad_rows_table(report: Report) -> str:
             for row in rows
             if row["fill"] == "NaN"
         )
-        single = [row for row in rows if row["fill"] == "one NaN" and row["rows"]]
+        single = [row for row in rows if row["fill"] == "one NaN" and row["examples"]]
         spread = share(single[0]) if single else "nowhere"
         alike.setdefault((lines, spread), []).append(name)
     table = [
@@ -51,7 +51,13 @@ def cures_table(report: Report) -> str:
         methods = by_method(found)
         counts = [
             str(sum(any(row[lost] for row in rows) for rows in methods.values()))
-            for lost in ("rows", "changed", "state", "row_gradients", "gradients")
+            for lost in (
+                "examples",
+                "changed",
+                "state",
+                "example_gradients",
+                "gradients",
+            )
         ]
         lines.append([cure, str(len(methods)), *counts])
     header = [
@@ -163,18 +169,20 @@ def share(row: Row) -> str:
     return f"{row['places']} of {row['of']}"
 
 
-def outcome(row: Row, num_rows: int) -> list[str]:
+def outcome(row: Row, num_examples: int) -> list[str]:
     """Returns what is lost, in words."""
 
     def with_it(others: int) -> str:
         if others == 0:
             return "that example"
-        return "all examples" if others == num_rows - 1 else f"{others + 1} examples"
+        return (
+            "all examples" if others == num_examples - 1 else f"{others + 1} examples"
+        )
 
     return [
-        with_it(row["rows"]),
+        with_it(row["examples"]),
         "lost" if row["state"] else "kept",
-        with_it(row["row_gradients"]),
+        with_it(row["example_gradients"]),
         "lost" if row["gradients"] else "kept",
     ]
 
@@ -205,8 +213,8 @@ def resume_table(report: Report) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
-    "bad-rows": ("bad_rows", bad_rows_table),
-    "cures": ("bad_rows", cures_table),
+    "bad-examples": ("bad_examples", bad_examples_table),
+    "cures": ("bad_examples", cures_table),
     "extremes": ("extremes", extremes_table),
     "fuzz": ("fuzz", fuzz_table),
     "soak": ("soak", soak_table),

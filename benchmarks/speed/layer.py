@@ -5,9 +5,10 @@ convolution, the norm and the ReLU; the norm's own cost is what the block takes 
 than the same convolution with a bias and a ReLU.
 
 Shapes are those of ResNet-50's batch norms and of a multilayer perceptron. All variants
-of a shape get the same input (virtual rows are among its rows), are compiled first and
-then run in turns, so that whatever else the machine does hits all alike; a ratio is the
-median of the rounds' ratios. Prints a table and writes JSON, anew after each shape.
+of a shape get the same input, whose last examples are the virtual ones. They are
+compiled first and then run in turns, so that whatever else the machine does hits all
+alike; a ratio is the median of the rounds' ratios. Prints a table and writes JSON, anew
+after each shape.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ SAMPLERS: dict[str, sbn.Sampler | None] = {
     "FS+VDN": sbn.MixedSampling(sbn.FeatureSampling(1 / 64), sbn.VirtualSampling(4)),
     "BS+VDN": sbn.MixedSampling(sbn.BatchSampling(4), sbn.VirtualSampling(4)),
 }
-_DENSE_BATCH = 32  # a multilayer perceptron sees so many times the rows
+_DENSE_BATCH = 32  # a multilayer perceptron sees so many times the examples
 
 BLOCKS = {
     "flax": VARIANTS["flax BN"],
@@ -56,7 +57,7 @@ BLOCKS = {
         for name in ("Lattice", "Lattice folded", "FS 1/64 folded", "BS 8 folded")
     },
 }
-# The convolution that makes a layer's shape: one row of its input, kernel and strides.
+# The convolution that makes a layer's shape: an example's input, kernel and strides.
 CONVOLUTIONS: dict[str, tuple[tuple[int, int, int], int, int]] = {
     "resnet50-stem": ((224, 224, 3), 7, 2),
     "resnet50-stage1": ((56, 56, 64), 3, 1),

@@ -73,10 +73,10 @@ def training_step(
     Args:
       model: one of ``models.IMAGE_SHAPES``.
       method: the normalization.
-      batch_size: number of images, virtual rows among them if there are any.
+      batch_size: number of images, virtual ones among them if there are any.
       dtype: of images and computation; the parameters are float32.
       mesh: devices along the axis ``data``, to each of which ``jax.shard_map`` gives
-        its own rows; None for one program, wherever its arguments lie.
+        its own images; None for one program, wherever its arguments lie.
     """
     shape = IMAGE_SHAPES[model]
     num_classes = 1000 if shape[0] > 32 else 10  # ImageNet's, or CIFAR-10's

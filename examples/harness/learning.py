@@ -308,7 +308,7 @@ def hits(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 def _of_images(each: jax.Array) -> jax.Array:
-    """Returns means over all that is in a row."""
+    """Returns means over all of an example."""
     return each.reshape(len(each), -1).mean(1)
 
 
@@ -318,7 +318,7 @@ def _of_groups(each: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Returns the loss of each row; smoothing spreads this share over all classes."""
+    """Returns each example's loss; smoothing spreads this share over all classes."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if not smoothing:
         return losses

@@ -80,7 +80,7 @@ class Method:
       running_weight: how far the statistics of kind ``'batch'`` are moved towards the
         running ones.
       folded: whether the norm is folded into the layer before, if there is one.
-      ghost_groups: groups of rows that are normalized separately in training.
+      ghost_groups: groups of examples that are normalized separately in training.
       copies: how often each image is in the batch: batch augmentation.
       shade: whether SHADE is added to the loss.
       preconditioned: whether the gradients are preconditioned by the layers' inputs.
@@ -125,7 +125,7 @@ class Method:
 
     @property
     def virtual(self) -> sbn.VirtualSampling | None:
-        """Which virtual rows the sampler expects in the batch, if any."""
+        """Which virtual examples the sampler expects in the batch, if any."""
         sampler = self.sampler
         if isinstance(sampler, sbn.MixedSampling):
             sampler = sampler.virtual
@@ -253,7 +253,7 @@ def _parse_short(text: str) -> sbn.Sampler:
     try:
         if name == "fs":
             return sbn.FeatureSampling(float(Fraction(amount)))
-        rows = int(amount)
+        count = int(amount)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(
             f"Expected {name}:AMOUNT such as {name}:{_AMOUNTS[name]}, got {text!r}. "
@@ -265,7 +265,7 @@ def _parse_short(text: str) -> sbn.Sampler:
         "bs": sbn.BatchSampling,
         "vdn": sbn.VirtualSampling,
     }
-    return cls[name](rows)
+    return cls[name](count)
 
 
 def parse_sampler(text: str) -> Method:

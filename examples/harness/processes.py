@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 _OWN = {"distributed", "data", "data_dir", "threads"}  # may be another in each process
-AXIS = "data"  # of the mesh, along which the rows of a batch are divided
+AXIS = "data"  # of the mesh, along which the examples of a batch are divided
 
 
 def add_option(group: Any) -> None:
@@ -152,8 +152,8 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(jax.devices()[:count]), (AXIS,), axis_types=(AxisType.Auto,))
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """Returns the layout of a batch: each device has its part of the rows."""
+def by_example(mesh: Mesh) -> NamedSharding:
+    """Returns the layout of a batch: each device has its part of the examples."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 

@@ -198,7 +198,7 @@ class Training:
 
     def _on_devices(self, batch: Batch) -> list[jax.Array]:
         """Returns this process's part of a batch as part of an array over all."""
-        rows = processes.by_rows(self.mesh)
+        rows = processes.by_example(self.mesh)
         return [
             jax.make_array_from_process_local_data(rows, array)
             for array in batch.values()

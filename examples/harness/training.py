@@ -21,7 +21,7 @@ from harness.data import Dataset
 from harness.learning import Learner, Model, Task, hits
 from harness.methods import Method
 from harness.networks import Settings, Variables
-from harness.processes import by_rows, everywhere, make_mesh, put
+from harness.processes import by_example, everywhere, make_mesh, put
 
 _REFRESH_SECONDS = 0.25
 _EVAL_BATCH = 500
@@ -46,7 +46,7 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
     Training images that would not be the same number for each of them are left out.
     """
     mesh = make_mesh(1) if mesh is None else mesh
-    count, rows = mesh.size, by_rows(mesh)
+    count, rows = mesh.size, by_example(mesh)
     train = len(dataset.train_images) // count * count
     pixels = dataset.train_images.reshape(-1, dataset.train_images.shape[-1])
     size = min(_EVAL_BATCH, len(dataset.test_images))
@@ -73,7 +73,7 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
 
 
 def _pad(array: NDArray[Any], count: int, value: int) -> NDArray[Any]:
-    """Appends so many rows of a value."""
+    """Appends so many examples of a value."""
     return np.pad(
         array, [(0, count), *[(0, 0)] * (array.ndim - 1)], constant_values=value
     )

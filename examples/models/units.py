@@ -66,7 +66,7 @@ def split(x: jax.Array | Carried) -> tuple[jax.Array, sbn.Statistics | None]:
 
 
 def num_virtual(rank: int) -> int:
-    """Returns how many synthetic rows predict statistics; one if they are maps."""
+    """Returns how many synthetic examples predict statistics; one if they are maps."""
     return 1 if rank > 2 else 64
 
 

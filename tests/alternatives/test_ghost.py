@@ -1,4 +1,4 @@
-"""Ghost batch norm: groups of rows are normalized as batches of their own."""
+"""Ghost batch norm: groups of examples are normalized as batches of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,7 @@ def test_groups_have_masks_and_draws_of_their_own():
     expected, _ = sbn.batch_norm(x[1:32])
     assert_close(y[1:32], np.asarray(expected), num=32)
 
-    # Groups of equal rows, told apart by what is drawn in them.
+    # Groups of equal examples, told apart by what is drawn in them.
     twice = jnp.concatenate([x[32:], x[32:]])
     options = {"sampler": sbn.BatchSampling(2), "key": KEY}
     y, _ = sbn.alternatives.ghost_batch_norm(twice, num_groups=2, **options)

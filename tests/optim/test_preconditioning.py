@@ -56,7 +56,7 @@ def reference(kernel, bias, mean, var, num, **options):
 
 
 def population(batches, decay):
-    """Returns mean, variance and weight of all rows, by age of their batch."""
+    """Returns mean, variance and weight of all examples, by age of their batch."""
     weights = [
         np.full(len(x), decay**age)
         for x, age in zip(batches, reversed(range(len(batches))), strict=True)
