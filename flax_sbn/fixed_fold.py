@@ -42,13 +42,16 @@ from flax_sbn.xla.sharding import is_explicit, varying_like
 from flax_sbn.xla.transposes import Form, linear
 
 
-def fixed_fold_applies(x: jax.Array) -> bool:
-    """Whether :func:`fixed_fold` can take an input.
+def fixed_fold_applies(layer: Layer, x: jax.Array) -> bool:
+    """Whether :func:`fixed_fold` can take a layer and its input.
 
-    Features have to be real, so that their moments are linear in a scaled tangent, and
-    the mesh, if there is one, left to XLA.
+    The layer has to be JAX's own product, as that of a quantized one is not linear in
+    ``x``. Features have to be real, so that their moments are linear in a scaled
+    tangent, and the mesh, if there is one, left to XLA.
     """
-    return jnp.isrealobj(x) and not is_explicit(x)
+    function = getattr(layer.linear.function, "func", layer.linear.function)
+    own = function in (lax.conv_general_dilated, lax.dot_general)
+    return own and jnp.isrealobj(x) and not is_explicit(x)
 
 
 def fixed_fold(

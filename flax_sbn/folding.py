@@ -363,16 +363,20 @@ def dense_norm(
     )
 
 
-def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]]:
+def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]] | None:
     """Returns ``conv_norm`` or ``dense_norm`` with the options of one of Flax's layers.
 
     Args:
       layer: ``Conv``, ``Dense`` or ``Linear``, of Linen or NNX.
+
+    Returns:
+      A function, or None if a class makes the layer's product: it may keep a state, as
+      Flax's fp8 products do, of which a second product for the sample knows nothing.
     """
     kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
+    if getattr(layer, f"{kind}_cls", None) is not None:
+        return None
     function = getattr(layer, kind) or getattr(lax, kind)
-    if (make := getattr(layer, f"{kind}_cls", None)) is not None:
-        function = make()
     if (element := getattr(layer, "preferred_element_type", None)) is not None:
         function = functools.partial(function, preferred_element_type=element)
     options = {kind: function, "precision": layer.precision}
@@ -442,7 +446,7 @@ def _linear_norm(
     elif any(not part.windows for part in fixed):  # all of it: nothing to fold
         whole = dataclasses.replace(norm, dtype=dtype)
         y, statistics = whole(linear(x, narrow), scale, bias)
-    elif fixed and fixed_fold_applies(x):
+    elif fixed and fixed_fold_applies(layer, x):
         y, statistics = fixed_fold(layer, norm, fixed, x, kernel, scale, bias)
     else:
 

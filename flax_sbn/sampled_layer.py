@@ -15,7 +15,11 @@ from flax_sbn.xla.half_precision import add_shift, offset, round_to
 
 
 class Linear(Protocol):
-    """A map of ``x`` that is linear in ``kernel``, whose last axis is its output's."""
+    """A map of ``x`` and ``kernel``, whose last axis is that of the output."""
+
+    @property
+    def function(self) -> Callable[..., jax.Array]:
+        """What computes it: JAX's product, which is linear in both, or another."""
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns ``(N, *spatial, C)``."""

@@ -13,7 +13,8 @@ import pytest
 from jax.test_util import check_grads
 
 import flax_sbn as sbn
-from tests import cases
+from tests import cases, unfolded
+from tests.closeness import assert_same_to_rounding
 from tests.samples import KEY
 
 CONVOLUTION = functools.partial(
@@ -59,6 +60,31 @@ def test_gradients_agree_with_finite_differences_to_second_order(name, x64):
 
     arguments = (x, kernel, scale, bias, residual)
     check_grads(function, arguments, order=2, modes=["fwd", "rev"])
+
+
+def of_sines(product):
+    """A product that is not linear in its first argument."""
+    return lambda x, *args, **kwargs: product(jnp.sin(x), *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_given_products_need_not_be_linear_in_the_input(kind, x64):
+    x = cases.inputs((8, 13, 2), "float64")
+    kernel = cases.inputs((3, 2, 2)[kind == "dense" :], "float64", seed=1)
+    options = {
+        "conv": {"conv_general_dilated": of_sines(jax.lax.conv_general_dilated)},
+        "dense": {"dot_general": of_sines(jax.lax.dot_general)},
+    }[kind]
+    fold = {"conv": sbn.conv_norm, "dense": sbn.dense_norm}[kind]
+
+    @jax.jit
+    def function(x, kernel):
+        return fold(x, kernel, sampler=cases.SAMPLERS["lattice"], **options)
+
+    same = {"conv": unfolded.conv_norm, "dense": unfolded.dense_norm}[kind]
+    expected = same(jnp.sin(x), kernel, sampler=cases.SAMPLERS["lattice"])
+    assert_same_to_rounding(function(x, kernel), expected)
+    check_grads(function, (x, kernel), order=1, modes=["fwd", "rev"])
 
 
 ODD = [-np.inf, -1.5, -0.0, 0.0, 1e-40, 2.5, np.inf, np.nan]

@@ -234,7 +234,7 @@ def test_every_method_trains_and_evaluates_in_nnx(name, label) -> None:
 
 @pytest.mark.parametrize(
     "sampler",
-    [sbn.BatchSampling(4), sbn.FeatureSampling(1 / 4)],
+    [sbn.BatchSampling(4), sbn.FeatureSampling(1 / 4), sbn.LatticeSampling(4, 16)],
     ids=lambda sampler: type(sampler).__name__,
 )
 def test_folding_changes_neither_loss_nor_gradients(x64, sampler) -> None:

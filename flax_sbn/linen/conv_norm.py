@@ -56,7 +56,8 @@ class ConvNorm(LinearNorm):
       precision: of the convolution.
       kernel_init: initializer of the kernel.
       conv_general_dilated: the convolution to use.
-      conv_general_dilated_cls: makes the convolution to use.
+      conv_general_dilated_cls: makes the convolution to use; the norm is not folded
+        into that.
       sampler: which positions of the output are measured in training; None measures
         all of them, and does not fold.
       running_weight: how far a step's statistics are moved towards the running ones

@@ -25,7 +25,7 @@ class DenseNorm(LinearNorm):
         :class:`flax.linen.Dense`.
       kernel_init: initializer of the kernel.
       dot_general: the product to use.
-      dot_general_cls: makes the product to use.
+      dot_general_cls: makes the product to use; the norm is not folded into that.
       **options: of the norm and its fold, and ``activation``: as in
         :class:`ConvNorm`.
 

@@ -131,7 +131,8 @@ class LinearNorm(nn.Module, kw_only=True):
         if self.running_weight is None:
             del options["running_weight"]
         norm = self.norm_cls(**options, name="norm")
-        if self.is_initializing() or not (evaluate or norm._folds()):
+        fold = fold_like(linear) if evaluate or norm._folds() else None
+        if fold is None or self.is_initializing():
             y = norm(linear(x), mask=mask)
             return add_and_activate(y, residual, self.activation)
 
@@ -144,7 +145,7 @@ class LinearNorm(nn.Module, kw_only=True):
             options = norm._evaluation(norm._running(features))
         else:
             options = norm._training(features, mask)
-        y, statistics = fold_like(linear)(
+        y, statistics = fold(
             x,
             masked_kernel(kernel, getattr(linear, "mask", None)),
             *norm._affine(features),

@@ -140,7 +140,8 @@ class Product:
       x: its input.
       kernel: ``(..., C)``, masked.
       bias: ``(C,)`` or None.
-      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options.
+      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options; None if
+        there is no such function.
       compute_dtype: that in which the layer computes.
       dtype: that of its output.
     """
@@ -149,7 +150,7 @@ class Product:
     x: jax.Array
     kernel: jax.Array
     bias: jax.Array | None
-    fold: Norm
+    fold: Norm | None
     compute_dtype: Any
     dtype: Any
 
@@ -160,13 +161,15 @@ class Product:
           *promoted: arrays with which an unfolded norm promotes its input, scale and
             bias aside.
         """
+        fold = self.fold
+        assert fold is not None  # that was an obstacle
 
         def folded(
             *affine: Any, running: Statistics, dtype: Any, **options: Any
         ) -> tuple[jax.Array, Statistics]:
             # Only the mean sees a bias before a norm.
             shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
-            y, statistics = self.fold(
+            y, statistics = fold(
                 self.x,
                 self.kernel,
                 *affine,
@@ -246,6 +249,8 @@ def obstacle(
         return "not compiled: the layer before would run twice"
     if product is None:
         return "its input is no layer's very own output"
+    if product.fold is None:
+        return "a class makes the product of its layer"
     if axis not in (-1, x.ndim - 1):
         return "its features are not last"
     if not needs_key(sampler):

@@ -94,7 +94,8 @@ class LinearNorm(nnx.Module):
         if norm is None:
             return add_and_activate(linear(x), residual, activation)
         evaluate = evaluates(norm, use_running_average)
-        if not (evaluate or norm._folds()):
+        fold = fold_like(linear) if evaluate or norm._folds() else None
+        if fold is None:
             y = norm(linear(x), use_running_average, mask=mask)
             return add_and_activate(y, residual, activation)
 
@@ -102,7 +103,7 @@ class LinearNorm(nnx.Module):
             options = norm._evaluation(norm._running())
         else:
             options = norm._training(mask)
-        y, statistics = fold_like(linear)(
+        y, statistics = fold(
             x,
             masked_kernel(linear.kernel[...], getattr(linear, "mask", None)),
             *norm._affine(),

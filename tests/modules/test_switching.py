@@ -60,6 +60,8 @@ class Chain(nn.Module):
         y = norm(name="after_sum")(nn.Conv(4, (1, 1))(y) + x)
         y = norm(name="after_transpose")(nn.ConvTranspose(4, (3, 3))(y))
         y = norm(name="features_first", axis=1)(nn.Conv(4, (1, 1))(y))
+        made = nn.Dense(3, dot_general_cls=lambda: jax.lax.dot_general)
+        y = norm(name="made")(made(y))
         return norm(name="dense")(nn.Dense(3)(y.mean((1, 2))))
 
 
@@ -193,14 +195,16 @@ def test_the_report_says_what_became_of_each_norm_and_why():
         "after_sum": "sampled",
         "after_transpose": "sampled",
         "features_first": "sampled",
+        "made": "sampled",
         "dense": "sampled",
     }
     assert became["after_sum"].reason.startswith("its input is no")
     assert became["features_first"].reason == "its features are not last"
+    assert became["made"].reason == "a class makes the product of its layer"
     assert became["dense"].reason == "so small that all of it is measured"
     text = str(report)
     assert all(name in text for name in became)
-    assert "6 norms: 1 folded, 5 sampled, 0 plain." in text
+    assert "7 norms: 1 folded, 6 sampled, 0 plain." in text
     assert max(map(len, text.splitlines())) <= 88
 
     # A norm whose input has nothing to sample from stays as it is.
