@@ -44,10 +44,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         __doc__,
         epilog="examples:\n"
-        "  imagenet.py DIR --out runs/fs                   # all devices there are\n"
-        "  imagenet.py DIR --out runs/fs --norm bn         # batch norm, instead\n"
-        "  imagenet.py DIR --out runs/fs --distributed     # in a Slurm job or pod\n"
-        "  imagenet.py --fake-data --max-steps 200         # speed without input\n",
+        "  imagenet.py DIR --out runs/lattice                # all devices there are\n"
+        "  imagenet.py DIR --out runs/lattice --norm bn      # batch norm, instead\n"
+        "  imagenet.py DIR --out runs/lattice --distributed  # in a Slurm job or pod\n"
+        "  imagenet.py --fake-data --max-steps 200           # speed without input\n",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
