@@ -4,13 +4,14 @@ import argparse
 import datetime
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from harness.files import replacing
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -79,9 +80,8 @@ def new_path(parser: argparse.ArgumentParser, wanted: Path | None, name: str) ->
 def write(path: Path, report: dict[str, Any]) -> None:
     """Writes or replaces a report as a whole, so that none is ever half there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as part:
+        part.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def say(message: str) -> None:
