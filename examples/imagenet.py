@@ -47,7 +47,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "  imagenet.py DIR --out runs/lattice                # all devices there are\n"
         "  imagenet.py DIR --out runs/lattice --norm bn      # batch norm, instead\n"
         "  imagenet.py DIR --out runs/lattice --distributed  # in a Slurm job or pod\n"
-        "  imagenet.py --fake-data --max-steps 200           # speed without input\n",
+        "  imagenet.py --fake-data --max-steps 200           # speed without input\n"
+        "  imagenet.py --fake-data --max-steps 5 --model resnet8 --image-size 32 \\\n"
+        "    --batch-size 8 --dtype float32                  # does it run?\n",
     )
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -210,6 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except DivergedError as error:
             return fail(str(error), 1)
     if ended_by is None:
+        console.print("Finished.")
         return 0
     console.print("Stopped; the same command goes on.")
     return 130 if ended_by == signal.SIGINT else 0

@@ -218,8 +218,11 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
     def both(x, kernel):
         z = unfolded.conv(x, kernel, feature_group_count=groups, **options)
         extent = z.shape[1:-1]
-        everywhere = tuple(itertools.product(*map(range, extent)))
-        part = Part(1.0, (Lattice(extent, (1,) * rank, everywhere),))
+        everywhere = [*itertools.product(*map(range, extent))]
+        # All in one or two dimensions. An odd step: other lines, columns and planes.
+        step = len(everywhere) // 100 * 2 + 1
+        positions = tuple(everywhere[::step])
+        part = Part(1.0, (Lattice(extent, (1,) * rank, positions),))
         padded, convolution = make_convolution(
             x,
             window,
@@ -229,7 +232,8 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
             **options,
         )
         below, there = convolution.below(padded, part, extent)
-        return there(below, kernel), z.reshape(2, -1, *[1] * (rank - 1), 4)
+        expected = z.reshape(2, -1, *[1] * (rank - 1), 4)[:, ::step]
+        return there(below, kernel), expected
 
     assert_same_to_rounding(*both(x, kernel))
 

@@ -1,5 +1,7 @@
 """What the check of the built pages finds."""
 
+from pathlib import Path
+
 import pytest
 
 from docs import check
@@ -62,3 +64,8 @@ def test_nothing_is_wrong(findings, html):
 def test_something_is_wrong(findings, html, finding):
     (found,) = findings(html)
     assert found.startswith(finding)
+
+
+def test_links_have_words_where_nothing_builds_the_pages() -> None:
+    for path in sorted(Path(check.__file__).parent.glob("**/*.md")):
+        assert "[](" not in path.read_text(), path

@@ -1,14 +1,13 @@
-"""The README's examples, each copied into a file of its own and run."""
+"""The README's examples, copied into a file and run, and its figures."""
 
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from harness import journal
 from harness.grid import experiment_of
@@ -22,23 +21,23 @@ BLOCKS = [
 ]
 
 
-def test_the_drop_in_example_is_there_and_short() -> None:
-    (block,) = BLOCKS
-    assert len([line for line in block.splitlines() if line.strip()]) <= 12
+def test_switching_a_model_is_one_line() -> None:
+    (line,) = [line for line in BLOCKS[0].splitlines() if "this line is new" in line]
+    assert line.startswith("model = sbn.linen.sample_norms(Net())")
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_examples_run_from_a_file(block, tmp_path) -> None:
+def test_examples_print_what_is_shown(tmp_path) -> None:
     path = tmp_path / "example.py"
-    path.write_text(block)
+    path.write_text("\n".join(BLOCKS))
     done = subprocess.run(
         [sys.executable, path],
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | {"COLUMNS": "80"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "(128, 10)\n"
+    assert done.stdout == "".join(re.findall(r"```text\n(.*?)```", README, re.S))
 
 
 def test_named_commands_and_files_exist() -> None:

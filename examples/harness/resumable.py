@@ -110,7 +110,9 @@ class Training:
         state = self._init(jax.random.key(seed), self._placeholder())
         state = checkpoints.restore(state) or state
         begin = int(state.step)
-        if begin:
+        if begin == self.last:
+            console.print(f"All {begin:,} steps are done: nothing is left to do.")
+        elif begin:
             console.print(f"Goes on after step {begin:,} of {self.last:,}.")
         steps = range(begin + 1, self.last + 1)
         batches = self.input.train(begin) if steps else ()

@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +31,7 @@ _FIELDS = [
 @dataclasses.dataclass(frozen=True)
 class _Options:
     sampler: Sampler
+    running_weight: float
     fold: bool
     only: switching.Only | None
     norm_types: tuple[type, ...]
@@ -42,6 +43,7 @@ def sample_norms(
     model: M,
     sampler: Sampler | None = None,
     *,
+    running_weight: float = 0.0,
     fold: bool = True,
     only: switching.Only | None = None,
     norm_types: tuple[type, ...] = (),
@@ -63,6 +65,8 @@ def sample_norms(
     Args:
       model: a module that is not bound to variables.
       sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm.
@@ -78,8 +82,8 @@ def sample_norms(
       A model of a class derived from the model's own.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler, or a norm of ``norm_types`` lacks a
-        field.
+      TypeError: if ``model`` is not a Linen module, ``sampler`` is not a sampler, or a
+        norm of ``norm_types`` lacks a field.
       ValueError: if the model is bound; in ``init``, if nothing matches.
 
     Example:
@@ -98,6 +102,8 @@ def sample_norms(
       >>> y.shape
       (32, 16, 16, 8)
     """
+    other = "Switch NNX models with flax_sbn.nnx.sample_norms."
+    switching.check_module(model, nn.Module, "Linen", other)
     sampler = LatticeSampling() if sampler is None else sampler
     needs_key(sampler)  # complains
     if model.scope is not None or isinstance(model.parent, nn.Module):
@@ -106,7 +112,13 @@ def sample_norms(
             "to variables or part of another module. Switch the outermost module."
         )
     options = _Options(
-        sampler, fold, only, tuple(norm_types), fuse_relu, rng_collection
+        sampler,
+        running_weight,
+        fold,
+        only,
+        tuple(norm_types),
+        fuse_relu,
+        rng_collection,
     )
     cls: Any = type(model)
     switched: M = _switched(cls, options)(**_given(model))
@@ -120,7 +132,8 @@ def switch_report(
 
     Args:
       model: what :func:`sample_norms` returned.
-      *args: what the model is called with in training; shapes suffice.
+      *args: what the model is called with in training; a
+        :class:`jax.ShapeDtypeStruct` serves for an array.
       rngs: see :meth:`flax.linen.Module.apply`; None for any key.
       **kwargs: further arguments of the call.
 
@@ -128,7 +141,7 @@ def switch_report(
       A report, which prints as a table.
 
     Raises:
-      ValueError: if the model has no norm to switch, or is not called in training.
+      ValueError: if the model was not switched, has no norm to switch, or evaluates.
 
     Example:
       >>> import jax.numpy as jnp
@@ -140,24 +153,30 @@ def switch_report(
       >>> norm.treatment, norm.layer
       ('folded', 'layers_0')
     """
-    rngs = jax.random.key(0) if rngs is None else rngs
+    key = jax.random.key(0)
+    rngs = key if rngs is None else rngs
+    initial = {"params": key, **rngs} if isinstance(rngs, Mapping) else rngs
 
     def run(*args: Any) -> None:
-        variables = model.init(rngs, *args, **kwargs)
+        variables = model.init(initial, *args, **kwargs)
         with switching.reporting() as norms:
             model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
         found.extend(norms)
 
     found: list[switching.SwitchedNorm] = []
     jax.eval_shape(run, *args)
-    if not found:
-        raise switching.complain_of_no_norm(model, "flax.linen.BatchNorm")
     relus = [
         f"{type(model).__name__}.{field.name}"
         for field in dataclasses.fields(model)
         if getattr(model, field.name, None) is jax.nn.relu
     ]
-    return switching.SwitchReport(tuple(found), tuple(relus))
+    return switching.report_on(
+        found,
+        relus,
+        model=model,
+        train="Pass what the model takes in training, such as train=True.",
+        fuses_relu=getattr(type(model), "fuses_relu", False),
+    )
 
 
 def _given(model: nn.Module) -> dict[str, Any]:
@@ -221,6 +240,7 @@ def _switched(cls: Any, options: _Options) -> Any:
         "_call_wrapped_method": _call_wrapped_method,
         "apply": apply,
         "__reduce__": reduce,
+        "fuses_relu": options.fuse_relu,
         "__doc__": cls.__doc__,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
@@ -279,7 +299,7 @@ class _Interceptor:
         if nn.merge_param(
             "use_running_average", module.use_running_average, use_running_average
         ):
-            switching.note(path, "plain", reason="evaluated")
+            switching.note(path, "plain", reason=switching.EVALUATED)
             return plain()
         fields = {
             name: getattr(module, name) for name in _FIELDS if hasattr(module, name)
@@ -288,6 +308,7 @@ class _Interceptor:
         ours = BatchNorm(
             **fields,
             sampler=sampler,
+            running_weight=options.running_weight,
             rng_collection=options.rng_collection,
             parent=module.scope,
         )

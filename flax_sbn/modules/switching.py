@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import fold_like
@@ -55,30 +55,38 @@ class SwitchReport:
       norms: one entry for each norm, in the order of their calls.
       relus: fields of the model that hold :func:`jax.nn.relu`, where
         :func:`flax_sbn.relu` stays fused by itself.
+      fuses_relu: whether :func:`jax.nn.relu` stays fused as the model is called.
     """
 
     norms: tuple[SwitchedNorm, ...]
     relus: tuple[str, ...] = ()
+    fuses_relu: bool = True
 
     def count(self, treatment: str) -> int:
         """Returns how many norms are ``'folded'``, ``'sampled'`` or ``'plain'``."""
         return sum(norm.treatment == treatment for norm in self.norms)
 
     def __str__(self) -> str:
-        table = Table("norm", "treatment", "layer, or why it is not folded")
+        header = ("norm", "treatment", "layer, or why it is not folded")
+        table = Table(*(Column(text, overflow="fold") for text in header))
         for norm in self.norms:
             table.add_row(norm.norm, norm.treatment, norm.layer or norm.reason)
         text = io.StringIO()
-        console = Console(file=text, width=88)
+        console = Console(file=text)  # as wide as the terminal
         console.print(table, end="")
         treatments = ("folded", "sampled", "plain")
         counts = [f"{self.count(each)} {each}" for each in treatments]
-        console.print(f"{len(self.norms)} norms: {', '.join(counts)}.")
-        if self.relus:
-            console.print(
-                f"nn.relu is a field of the model: {', '.join(self.relus)}. "
-                "flax_sbn.relu there stays fused without a context."
-            )
+        norms = "norm" if len(self.norms) == 1 else "norms"
+        lines = [f"{len(self.norms)} {norms}: {', '.join(counts)}."]
+        if self.count("folded"):
+            lines.append("Folded only where the call is compiled, by jax.jit.")
+            if not self.fuses_relu:
+                fields = f", or flax_sbn.relu in {', '.join(self.relus)}"
+                lines.append(
+                    "For a relu that stays fused put `with flax_sbn.fused_relu():` "
+                    f"around the call{fields if self.relus else ''}."
+                )
+        console.print("\n".join(lines), markup=False, highlight=False)
         return text.getvalue().rstrip()
 
 
@@ -108,6 +116,52 @@ def note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None
 def written(path: Path) -> str:
     """Returns a path as text."""
     return "/".join(path)
+
+
+def check_module(model: Any, base: type, api: str, other: str) -> None:
+    """Raises a TypeError if a model is not a module of an API."""
+    if isinstance(model, base):
+        return
+    got = f"a {type(model).__name__}"
+    if isinstance(model, type):
+        got, other = f"the class {model.__name__}", f"Call it: {model.__name__}(...)."
+    raise TypeError(f"Expected a module of {api}, got {got}. {other}")
+
+
+def report_on(
+    found: list[SwitchedNorm],
+    relus: list[str],
+    *,
+    model: Any,
+    train: str,
+    fuses_relu: bool,
+) -> SwitchReport:
+    """Returns the report on what was found.
+
+    Args:
+      found: what became of the norms.
+      relus: as in the report.
+      model: which one it is about.
+      train: how to call that in training.
+      fuses_relu: as in the report.
+
+    Raises:
+      ValueError: if there are no norms, or all evaluate.
+    """
+    if not found:
+        raise ValueError(
+            "Expected a model that sample_norms returned, got "
+            f"{type(model).__name__} without a switched norm. Write "
+            "switch_report(sample_norms(model), ...)."
+        )
+    if all(norm.reason == EVALUATED for norm in found):
+        raise ValueError(
+            f"Expected a call in training, got one in which all norms evaluate. {train}"
+        )
+    return SwitchReport(tuple(found), tuple(relus), fuses_relu)
+
+
+EVALUATED = "evaluated"
 
 
 def complain_of_no_norm(model: Any, what: str) -> ValueError:
@@ -248,7 +302,7 @@ def obstacle(
     if not _is_traced(x):
         return "not compiled: the layer before would run twice"
     if product is None:
-        return "its input is no layer's very own output"
+        return "not directly behind a convolution or dense layer"
     if product.fold is None:
         return "a class makes the product of its layer"
     if axis not in (-1, x.ndim - 1):
@@ -256,7 +310,7 @@ def obstacle(
     if not needs_key(sampler):
         parts = sampled_parts(sampler, x.shape[:-1], None)
         if any(not part.windows for part in parts):
-            return "so small that all of it is measured"
+            return "so small that the sampler measures all of it"
     return ""
 
 

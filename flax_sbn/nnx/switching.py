@@ -43,6 +43,7 @@ def sample_norms(
     sampler: Sampler | None = None,
     *,
     rngs: nnx.Rngs | None = None,
+    running_weight: float = 0.0,
     fold: bool = True,
     only: switching.Only | None = None,
     norm_types: tuple[type, ...] = (),
@@ -68,6 +69,8 @@ def sample_norms(
       model: the model.
       sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
       rngs: keys for samplers that draw.
+      running_weight: how far a step's statistics are moved towards the running ones
+        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
       fold: whether norms are folded where they can be.
       only: called with a norm's path and the module: whether it is switched. None for
         every norm.
@@ -81,8 +84,8 @@ def sample_norms(
       The same model.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler, or a norm of ``norm_types`` lacks an
-        attribute.
+      TypeError: if ``model`` is not an NNX module, ``sampler`` is not a sampler, or a
+        norm of ``norm_types`` lacks an attribute.
       ValueError: if nothing matches, or keys are needed and missing.
 
     Example:
@@ -100,6 +103,8 @@ def sample_norms(
       >>> norm.treatment, norm.layer
       ('folded', 'layers/0')
     """
+    other = "Switch Linen models with flax_sbn.linen.sample_norms."
+    switching.check_module(model, nnx.Module, "NNX", other)
     sampler = LatticeSampling() if sampler is None else sampler
     draws = needs_key(sampler)
     if draws and rngs is None:
@@ -118,8 +123,8 @@ def sample_norms(
         switching.check_copy(norm, "flax.nnx.BatchNorm", "mean", "var", "scale", "bias")
     for path, norm in norms:
         _change_class(norm, _Norm)
-        norm.sampler, norm.running_weight, norm.ghost_groups = sampler, 0.0, 1
-        norm.fold, norm.path = fold, path
+        norm.sampler, norm.running_weight = sampler, running_weight
+        norm.ghost_groups, norm.fold, norm.path = 1, fold, path
         norm.rng_collection = rng_collection
         norm.rngs = nnx.data(
             fork_stream(streams, rng_collection, str(sampler)) if draws else None
@@ -151,14 +156,15 @@ def switch_report(
 
     Args:
       model: what :func:`sample_norms` was given. It stays as it is.
-      *args: what the model is called with in training; shapes suffice.
+      *args: what the model is called with in training; a
+        :class:`jax.ShapeDtypeStruct` serves for an array.
       **kwargs: further arguments of the call.
 
     Returns:
       A report, which prints as a table.
 
     Raises:
-      ValueError: if the model was not switched, or is not called in training.
+      ValueError: if the model was not switched, or evaluates.
     """
     graph, state = nnx.split(model)
 
@@ -169,15 +175,19 @@ def switch_report(
 
     found: list[switching.SwitchedNorm] = []
     jax.eval_shape(run, state, *args)
-    if not found:
-        raise switching.complain_of_no_norm(model, "flax.nnx.BatchNorm")
     relus = [
         switching.written((*path, name))
         for path, module in _modules(model)
         for name, value in vars(module).items()
         if value is jax.nn.relu
     ]
-    return switching.SwitchReport(tuple(found), tuple(relus))
+    return switching.report_on(
+        found,
+        relus,
+        model=model,
+        train="Call model.train() first.",
+        fuses_relu=False,
+    )
 
 
 def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
@@ -263,7 +273,7 @@ class _Norm(BatchNorm):
         evaluate = evaluates(self, use_running_average)
         reason = ""
         if evaluate:
-            reason = "evaluated"
+            reason = switching.EVALUATED
         elif switching.unfit(self.sampler, x, self.axis):
             reason = "no spatial axes to sample from"
         if reason:

@@ -198,14 +198,14 @@ def test_the_report_says_what_became_of_each_norm_and_why():
         "made": "sampled",
         "dense": "sampled",
     }
-    assert became["after_sum"].reason.startswith("its input is no")
+    assert became["after_sum"].reason.startswith("not directly behind")
     assert became["features_first"].reason == "its features are not last"
     assert became["made"].reason == "a class makes the product of its layer"
-    assert became["dense"].reason == "so small that all of it is measured"
+    assert became["dense"].reason == "so small that the sampler measures all of it"
     text = str(report)
     assert all(name in text for name in became)
     assert "7 norms: 1 folded, 6 sampled, 0 plain." in text
-    assert max(map(len, text.splitlines())) <= 88
+    assert text.endswith("Folded only where the call is compiled, by jax.jit.")
 
     # A norm whose input has nothing to sample from stays as it is.
     model = sbn.linen.sample_norms(Chain(), sbn.FeatureSampling(1 / 4))
@@ -230,6 +230,80 @@ def test_convolutions_of_any_rank_and_several_batch_axes():
 def test_fields_with_a_relu_are_reported():
     model = sbn.linen.sample_norms(Block(act=nn.relu))
     assert sbn.linen.switch_report(model, inputs()).relus == ("Block.act",)
+
+
+def test_a_report_is_as_wide_as_the_terminal_and_cuts_nothing(monkeypatch):
+    name = "a_very_long_name_of_a_norm_" * 4
+    report = switching.SwitchReport(
+        (switching.SwitchedNorm(name, "folded", "conv", ""),)
+    )
+    for columns in (60, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = str(report).splitlines()
+        assert max(map(len, lines)) <= columns
+        cells = "".join(line.split("│")[1].strip() for line in lines if "│" in line)
+        assert cells == name
+        assert "1 norm: 1 folded, 0 sampled, 0 plain." in lines
+
+
+def test_reports_take_the_keys_of_a_training_step():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            y = nn.BatchNorm(not train)(nn.Conv(4, (3, 3))(x))
+            return nn.Dropout(0.5, deterministic=not train)(y)
+
+    model = sbn.linen.sample_norms(Net())
+    x = jax.ShapeDtypeStruct((8, 9, 9, 4), jnp.float32)
+    for rngs in (None, jax.random.key(1), {"dropout": jax.random.key(1)}):
+        report = sbn.linen.switch_report(model, x, rngs=rngs, train=True)
+        assert report.count("folded") == 1
+    with pytest.raises(ValueError, match=r"in training, .* such as train=True"):
+        sbn.linen.switch_report(model, x, train=False)
+    with pytest.raises(ValueError, match=r"got Net .* switch_report\(sample_norms"):
+        sbn.linen.switch_report(Net(), x, train=True)
+
+
+def test_nnx_reports_say_how_a_relu_stays_fused():
+    model = sbn.nnx.sample_norms(nnx.Sequential(NNXBlock(), nnx.relu))
+    text = " ".join(str(sbn.nnx.switch_report(model, inputs())).split())
+    assert "put `with flax_sbn.fused_relu():` around the call, or flax_sbn.relu in" in (
+        text
+    )
+    assert text.endswith("layers/1.")
+    model.eval()
+    with pytest.raises(ValueError, match=r"in training, .* Call model.train\(\) first"):
+        sbn.nnx.switch_report(model, inputs())
+    with pytest.raises(ValueError, match=r"got NNXBlock without a switched norm"):
+        sbn.nnx.switch_report(NNXBlock(), inputs())
+
+
+@pytest.mark.parametrize(
+    ("switch", "model", "message"),
+    [
+        (sbn.linen.sample_norms, NNXBlock, r"got the class NNXBlock. Call it: NNXBl"),
+        (sbn.linen.sample_norms, NNXBlock(), r"of Linen, .* flax_sbn.nnx.sample_norms"),
+        (sbn.nnx.sample_norms, Chain(), r"of NNX, .* flax_sbn.linen.sample_norms"),
+    ],
+)
+def test_what_is_no_module_of_the_api_is_refused(switch, model, message):
+    with pytest.raises(TypeError, match=message):
+        switch(model)
+
+
+def test_with_a_weight_of_one_the_running_statistics_normalize():
+    x = inputs() / 3  # within the limits of the correction
+    variables = trained(Block().init(jax.random.key(0), x))
+    model = sbn.linen.sample_norms(Block(), running_weight=1.0)
+    y, updates = model.apply(variables, x, mutable=["batch_stats"])
+    np.testing.assert_allclose(y, Block().apply(variables, x, train=False), atol=1e-5)
+    old, new = variables["batch_stats"], updates["batch_stats"]
+    assert not jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), old, new))
+
+    net = sbn.nnx.sample_norms(NNXBlock(), running_weight=1.0)
+    expected = nnx.view(net, use_running_average=True)(x)
+    np.testing.assert_allclose(net(x), expected, atol=1e-5)
+    assert (net.norm.mean[...] != 0).all()
 
 
 def test_evaluation_and_init_are_the_plain_models():
