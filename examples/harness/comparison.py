@@ -125,6 +125,8 @@ class Report:
         """Returns the comparison as a table for the terminal."""
         reference = next(iter(self.measured))
         table = Table(title=f"{self.about['title']}", title_justify="left")
+        if self.relative_time and self.about.get("platform") == "cpu":
+            table.caption = "A CPU gains no time: see README, What it costs, and saves."
         table.add_column("method", overflow="fold")
         table.add_column("values measured", justify="right")
         table.add_column("test accuracy", justify="right")
