@@ -83,6 +83,7 @@ PAGES = {
     "flax.nnx.relu": f"{FLAX}/flax.nnx/nn/activations.html#flax.nnx.relu",
     "flax.training.train_state.TrainState": f"{FLAX}/flax.training.html",
     "functools.partial": "https://docs.python.org/3/library/functools.html",
+    "jax.ShapeDtypeStruct": f"{JAX}/jax.ShapeDtypeStruct.html",
     "jax.lax.conv_general_dilated": f"{JAX}/jax.lax.conv_general_dilated.html",
     "jax.lax.dot_general": f"{JAX}/jax.lax.dot_general.html",
     "jax.nn.relu": f"{JAX}/jax.nn.relu.html",
