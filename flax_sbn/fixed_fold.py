@@ -42,16 +42,33 @@ from flax_sbn.xla.sharding import is_explicit, varying_like
 from flax_sbn.xla.transposes import Form, linear
 
 
-def fixed_fold_applies(layer: Layer, x: jax.Array) -> bool:
-    """Whether :func:`fixed_fold` can take a layer and its input.
+def fixed_fold_applies(layer: Layer, norm: Norm, x: jax.Array) -> bool:
+    """Whether :func:`fixed_fold` can take a layer, its norm and its input.
 
     The layer has to be JAX's own product, as that of a quantized one is not linear in
     ``x``. Features have to be real, so that their moments are linear in a scaled
-    tangent, and the mesh, if there is one, left to XLA.
+    tangent, and the norm the library's own, which treats each feature by itself. The
+    mesh, if there is one, has to be left to XLA.
     """
-    function = getattr(layer.linear.function, "func", layer.linear.function)
-    own = function in (lax.conv_general_dilated, lax.dot_general)
-    return own and jnp.isrealobj(x) and not is_explicit(x)
+    product = _inner(layer.linear.function)
+    return (
+        product in (lax.conv_general_dilated, lax.dot_general)
+        and all(map(_treats_features_apart, (norm.measure, norm.correct)))
+        and not isinstance(norm.epsilon, jax.core.Tracer)
+        and jnp.isrealobj(x)
+        and not is_explicit(x)
+    )
+
+
+def _treats_features_apart(function: Callable[..., Any] | None) -> bool:
+    """Whether a measure or correction is the library's own, or None."""
+    module = getattr(_inner(function), "__module__", "")
+    return function is None or module.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _inner(function: Any) -> Any:
+    """Returns the function that :func:`functools.partial` was given, if any."""
+    return getattr(function, "func", function)
 
 
 def fixed_fold(
@@ -108,16 +125,15 @@ def fixed_fold(
         tx, *others = tangents
         tkernel, tscale, tbias, tconstants = map(_dense, primals[1:], others)
 
-        def moments(values: list[jax.Array], constants: Any) -> Any:
-            statistics, towards = call(values, *constants)
-            return statistics, towards, lax.rsqrt(towards.var + layer.epsilon)
-
         def narrowed(kernel: jax.Array, tangent: jax.Array) -> jax.Array:
             return jax.jvp(narrow, [kernel.astype(tangent.dtype)], [tangent])[1]
 
         # Once, as sums over devices are not merged afterwards.
         values = measured(x, kernel)
-        (statistics, towards, r), along = jax.linearize(moments, values, constants)
+        (statistics, towards), along = jax.linearize(
+            lambda values, constants: call(values, *constants), values, constants
+        )
+        r = lax.rsqrt(towards.var + layer.epsilon)
         factor = r if scale is None else r * scale
         kernel_folded = scaled(kernel, factor)
 
@@ -131,11 +147,16 @@ def fixed_fold(
             ty, *through = _with_sample(layer, parts, narrow(kernel_folded), tx)
             tq = [(t + s).astype(t.dtype) for t, s in zip(tq, through, strict=True)]
 
-        _, tq_towards, tq_r = along(tq, _zeros(constants))
-        _, tc_towards, tc_r = along(_zeros(values), tconstants)
-        tstatistics, _, _ = along(tz, tconstants)
-        tmean = tq_towards.mean + factor * tc_towards.mean
-        tfactor = tq_r / r + (tc_r if scale is None else scale * tc_r + r * tscale)
+        # Of the target times the factor, as the sample's is.
+        _, by_sample = along(tq, _zeros(constants))
+        _, by_constants = along(_zeros(values), tconstants)
+        tstatistics, _ = along(tz, tconstants)
+        tmean, tvar = (
+            s + factor * c for s, c in zip(by_sample, by_constants, strict=True)
+        )
+        tfactor = -0.5 * r**2 * tvar
+        if scale is not None:
+            tfactor += r * tscale
         tshift = -tmean - towards.mean * tfactor
         if bias is not None:
             tshift += tbias

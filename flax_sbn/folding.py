@@ -408,6 +408,13 @@ class _Product:
         return part.take(x, range(x.ndim - 1)), self
 
 
+def _inexact(value: ArrayLike | None) -> ArrayLike | None:
+    """Returns whole numbers as floats, which have derivatives."""
+    if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return value
+    return jnp.asarray(value, jnp.float32)
+
+
 def _linear_norm(
     linear: Linear,
     x: jax.Array,
@@ -427,7 +434,7 @@ def _linear_norm(
     x, _ = promote_dtype(x, kernel, dtype=norm.dtype)
     given_statistics = {} if statistics is None else statistics._asdict()
     _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)
-    scale, bias = varying_like(x, (scale, bias))
+    scale, bias = varying_like(x, (_inexact(scale), _inexact(bias)))
     kernel = varying_like(x, kernel, x.dtype)  # as unfolded layers send its gradient
     narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
@@ -446,7 +453,7 @@ def _linear_norm(
     elif any(not part.windows for part in fixed):  # all of it: nothing to fold
         whole = dataclasses.replace(norm, dtype=dtype)
         y, statistics = whole(linear(x, narrow), scale, bias)
-    elif fixed and fixed_fold_applies(layer, x):
+    elif fixed and fixed_fold_applies(layer, norm, x):
         y, statistics = fixed_fold(layer, norm, fixed, x, kernel, scale, bias)
     else:
 

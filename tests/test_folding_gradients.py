@@ -87,6 +87,84 @@ def test_given_products_need_not_be_linear_in_the_input(kind, x64):
     check_grads(function, (x, kernel), order=1, modes=["fwd", "rev"])
 
 
+def towards_their_mean(statistics, running):
+    """A correction that mixes features."""
+    var = 0.5 * statistics.var + 0.5 * statistics.var.mean()
+    return sbn.Statistics(statistics.mean, var)
+
+
+def pooled_over_features(x, axes, where, one_pass):
+    """A measure that mixes features."""
+    count, mean, var = sbn.moments.mean_and_var(x, axes, where, one_pass)
+    return count, mean, jnp.broadcast_to(var.mean(), var.shape)
+
+
+@pytest.mark.parametrize("function", [towards_their_mean, pooled_over_features])
+@pytest.mark.parametrize("partial", [False, True])
+def test_corrections_and_measures_may_mix_features(function, partial, x64):
+    name = {towards_their_mean: "correct", pooled_over_features: "measure"}[function]
+    given = functools.partial(function) if partial else function
+    x, kernel = cases.inputs((8, 13, 2), "float64"), cases.inputs((3, 2, 4), "float64")
+    scale, bias = cases.inputs((2, 4), "float64", seed=2)
+    options = {"sampler": cases.SAMPLERS["lattice"], name: given}
+
+    def values_and_gradients(fold):
+        arguments = {"x": x, "kernel": kernel, "scale": scale, "bias": bias}
+        cotangents = cases.inputs((8, 13, 4), "float64"), sbn.Statistics(scale, bias)
+        call = functools.partial(fold, **options)
+        return unfolded.value_and_gradients(call, arguments, cotangents)
+
+    def separately(x, kernel, scale, bias, **options):
+        return sbn.batch_norm(unfolded.conv(x, kernel), scale, bias, **options)
+
+    assert_same_to_rounding(
+        values_and_gradients(sbn.conv_norm), values_and_gradients(separately)
+    )
+
+
+def test_an_epsilon_that_is_traced_has_a_gradient(x64):
+    x, kernel = cases.inputs((8, 13, 2), "float64"), cases.inputs((3, 2, 4), "float64")
+
+    @jax.jit
+    def function(kernel, epsilon):
+        sampler = cases.SAMPLERS["lattice"]
+        return sbn.conv_norm(x, kernel, sampler=sampler, epsilon=epsilon)[0]
+
+    check_grads(function, (kernel, jnp.array(0.1)), order=1, modes=["fwd", "rev"])
+    expected = sbn.conv_norm(x, kernel, sampler=cases.SAMPLERS["lattice"], epsilon=0.1)
+    assert_same_to_rounding(function(kernel, 0.1), expected[0])
+
+
+@pytest.mark.parametrize("name", ["lattice", "BS", "all"])
+def test_scale_and_bias_may_be_whole_numbers(name, x64):
+    x, kernel = cases.inputs((8, 13, 2), "float64"), cases.inputs((3, 2, 4), "float64")
+    options = {"sampler": {"all": None, **cases.SAMPLERS}[name], "key": KEY}
+
+    def gradients(dtype):
+        scale, bias = jnp.arange(4).astype(dtype), jnp.ones(4, dtype)
+
+        def loss(x, kernel):
+            y, _ = sbn.conv_norm(x, kernel, scale, bias, **options)
+            return jnp.sin(y).sum()
+
+        return jax.grad(loss, (0, 1))(x, kernel)
+
+    assert_same_to_rounding(gradients("int32"), gradients("float64"))
+
+
+@pytest.mark.parametrize("name", ["lattice", "BS"])
+def test_where_a_variance_overflows_gradients_are_finite(name):
+    x, kernel = 1e18 * cases.inputs((8, 13, 2)), cases.inputs((3, 2, 4))
+
+    def loss(x, kernel):
+        y, statistics = sbn.conv_norm(x, kernel, sampler=cases.SAMPLERS[name], key=KEY)
+        return jnp.sin(y).sum(), statistics
+
+    grads, statistics = jax.grad(loss, (0, 1), has_aux=True)(x, kernel)
+    assert jnp.isinf(statistics.var).all()
+    chex.assert_tree_all_finite(grads)
+
+
 ODD = [-np.inf, -1.5, -0.0, 0.0, 1e-40, 2.5, np.inf, np.nan]
 
 

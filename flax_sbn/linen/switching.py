@@ -337,11 +337,13 @@ _active: contextvars.ContextVar[_Interceptor | None] = contextvars.ContextVar(
 
 
 def _is_linear(module: Any) -> bool:
+    """Whether a module computes what Flax's layer does, of the kernel it stores."""
     own = type(module)
     return (
-        (isinstance(module, nn.Conv) and own.__call__ is nn.Conv.__call__)
-        or (isinstance(module, nn.Dense) and own.__call__ is nn.Dense.__call__)
-    ) and module.promote_dtype is promote_dtype
+        own.__call__ in (nn.Conv.__call__, nn.Dense.__call__)
+        and own.param is nn.Module.param
+        and module.promote_dtype is promote_dtype
+    )
 
 
 def _remembered(module: Any, call: Callable[..., Any], inputs: jax.Array) -> Any:

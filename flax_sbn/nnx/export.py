@@ -10,6 +10,7 @@ from flax_sbn.modules.same_outputs import check_same_outputs
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.conv_norm import ConvNorm
 from flax_sbn.nnx.dense_norm import DenseNorm
+from flax_sbn.nnx.linear_norm import computes_as_flax
 from flax_sbn.xla.sharding import names_of_features
 
 M = TypeVar("M", bound=nnx.Module)
@@ -70,6 +71,13 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
             "Expected a kernel for each norm, got layers that share one. Give each "
             "layer a copy, and fold then."
         )
+    for linear, _ in unfolded:
+        if not computes_as_flax(linear):
+            raise ValueError(
+                "Expected Flax's own layer without a bias before a norm, got "
+                f"{type(linear).__name__}. Merge what it adds into its kernel, and a "
+                "bias into the norm's mean."
+            )
     for linear, layer in unfolded:
         assert layer.norm is not None
         kernel, bias = fold(

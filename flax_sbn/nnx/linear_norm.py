@@ -55,6 +55,17 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {**linear, "use_bias": False}, norm
 
 
+def computes_as_flax(linear: Any) -> bool:
+    """Whether a layer computes what Flax's does, without a bias, of its kernel.
+
+    Another layer may have been put in its place, such as one with LoRA.
+    """
+    own = getattr(type(linear), "plain", type(linear))  # before `sample_norms`
+    return own.__call__ in (nnx.Conv.__call__, nnx.Linear.__call__) and (
+        linear.bias is None
+    )
+
+
 class LinearNorm(nnx.Module):
     """A linear layer and a norm that folds into it, see :class:`ConvNorm`.
 
@@ -94,7 +105,8 @@ class LinearNorm(nnx.Module):
         if norm is None:
             return add_and_activate(linear(x), residual, activation)
         evaluate = evaluates(norm, use_running_average)
-        fold = fold_like(linear) if evaluate or norm._folds() else None
+        folds = computes_as_flax(linear) and (evaluate or norm._folds())
+        fold = fold_like(linear) if folds else None
         if fold is None:
             y = norm(linear(x), use_running_average, mask=mask)
             return add_and_activate(y, residual, activation)

@@ -167,7 +167,7 @@ def _jet(
 
 
 def _lower(
-    platform: str, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any
+    platform: str | None, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any
 ) -> Any:
     form = dict(params["elsewhere"]).get(platform, params["form"])
     return mlir.lower_fun(form.apply, multiple_results=True)(ctx, *args)
@@ -178,7 +178,7 @@ _jet_rules: dict[Any, Any] = jet.jet_rules
 _jet_rules[_linear_p] = _jet
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
-for _platform in ("cpu", "cuda", "rocm", "tpu"):
+for _platform in (None, "cuda", "rocm", "tpu"):  # None for all others
     mlir.register_lowering(
         _linear_p, functools.partial(_lower, _platform), platform=_platform
     )

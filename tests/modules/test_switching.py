@@ -325,6 +325,38 @@ def test_evaluation_and_init_are_the_plain_models():
     np.testing.assert_array_equal(net(x), other(x))
 
 
+class Halved(nn.Dense):
+    """A layer of somebody's that changes its kernel before it uses it."""
+
+    def param(self, name, *args, **options):
+        value = super().param(name, *args, **options)
+        return value / 2 if name == "kernel" else value
+
+
+@pytest.mark.parametrize(
+    "linear",
+    [
+        functools.partial(sbn.linen.WSConv, 4, (3, 3)),
+        functools.partial(sbn.linen.WSDense, 4),
+        functools.partial(sbn.linen.CenteredConv, 4, (3, 3)),
+        functools.partial(Halved, 4),
+    ],
+    ids=lambda linear: linear.func.__name__,
+)
+def test_layers_that_compute_their_kernel_are_not_folded(linear):
+    x = inputs()
+    block = Block(linear)
+    variables = trained(block.init(jax.random.key(0), x))
+    arguments = variables["params"], variables["batch_stats"], x
+    sampled, unfolded = (
+        quick_jit(step(sbn.linen.sample_norms(block, fold=fold)))(*arguments)
+        for fold in (True, False)
+    )
+    assert_equal(sampled, unfolded)
+    [norm] = sbn.linen.switch_report(sbn.linen.sample_norms(block), x).norms
+    assert norm.treatment == "sampled"
+
+
 def test_outside_jit_nothing_is_computed_twice():
     x = inputs()
     calls = []

@@ -201,6 +201,7 @@ PLATFORMS = {
     "cuda": {"stablehlo.multiply"},
     "rocm": {"stablehlo.multiply"},
     "tpu": {"stablehlo.multiply", "stablehlo.negate"},
+    "METAL": {"stablehlo.add"},  # as all that have no form of their own
 }
 WAYS = {
     "value": of_platforms,
