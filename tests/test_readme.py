@@ -94,7 +94,8 @@ def test_accuracies_of_small_batches_are_those_of_the_committed_results() -> Non
     for text in (
         f"with 2 images a device {accuracy('lattice~3/4')}, where batch norm has "
         f"{accuracy('bn')} and group norm {accuracy('gn', None)} |",
-        f"| {accuracy('mabn')} there;",
+        f"| {accuracy('lattice+vdn:2~3/4')} there; two [virtual images]",
+        f"| {accuracy('mabn')} there; measures everything",
     ):
         assert text in README
 
