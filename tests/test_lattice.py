@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flax_sbn as sbn
+from flax_sbn import fixed_fold, folding
 from flax_sbn.fixed_fold import _with_sample
 from flax_sbn.lattice import Lattice, LatticeSampling
 from flax_sbn.sampled_layer import Layer
@@ -400,3 +401,33 @@ def test_the_gradient_of_a_sample_needs_no_convolution_of_its_own(sampler):
     # Output and sample, both as functions of the kernel, and the input's gradient. A
     # GPU makes the input's gradient of the sample by itself.
     assert count == {"cpu": 5, "cuda": 6, "tpu": 5}
+
+
+FOLDING = [
+    *("BatchNorm", "BatchRenorm", "DiminishingBatchNorm"),
+    *("L1BatchNorm", "RangeBatchNorm"),
+]
+
+
+@pytest.mark.parametrize("norm", FOLDING)
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_layers_that_fold_take_the_cheap_gradient(api, norm, monkeypatch):
+    taken = []
+
+    def fold(*args, plain=fixed_fold.fixed_fold):
+        taken.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(folding, "fixed_fold", fold)
+    options = {"sampler": sbn.LatticeSampling(), "dtype": jnp.float32}
+    x = jnp.ones((16, 9, 9, 3))
+    if api == "linen":
+        norm_cls = getattr(sbn.linen, norm)
+        layer = sbn.linen.ConvNorm(4, (3, 3), norm_cls=norm_cls, **options)
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        layer.apply(variables, x, None, False, mutable=["batch_stats"])
+    else:
+        norm_cls = getattr(sbn.nnx, norm)
+        rngs = nnx.Rngs(0)
+        sbn.nnx.ConvNorm(3, 4, (3, 3), norm_cls=norm_cls, **options, rngs=rngs)(x)
+    assert len(taken) == 1
