@@ -29,6 +29,7 @@ Path = tuple[str, ...]
 # Whether a norm is switched, by its path and the module itself.
 Only = Callable[[Path, Any], bool]
 Norm = Callable[..., tuple[jax.Array, Statistics]]
+EVALUATED = "evaluated"  # why a norm stays plain
 
 
 class SwitchedNorm(NamedTuple):
@@ -159,9 +160,6 @@ def report_on(
             f"Expected a call in training, got one in which all norms evaluate. {train}"
         )
     return SwitchReport(tuple(found), tuple(relus), fuses_relu)
-
-
-EVALUATED = "evaluated"
 
 
 def complain_of_no_norm(model: Any, what: str) -> ValueError:
