@@ -16,7 +16,6 @@ from tests.closeness import assert_close
 KEY = jax.random.key(3)
 X = cases.inputs((16, 6, 5, 3))
 SAMPLERS = {"all": None, **cases.SAMPLERS}
-RNGS = nnx.Rngs(0)
 
 
 def linen(sampler, **options):
@@ -101,19 +100,20 @@ def test_training_evaluation_and_views_switch_the_mode():
 
 
 REPLACED = {
-    "LoRA": ("dense", nnx.LoRALinear(3, 4, lora_rank=2, use_bias=False, rngs=RNGS)),
-    "WSConv": ("conv", sbn.nnx.WSConv(3, 4, (3, 3), use_bias=False, rngs=RNGS)),
-    "bias": ("conv", nnx.Conv(3, 4, (3, 3), bias_init=nn.initializers.ones, rngs=RNGS)),
+    "LoRA": ("dense", nnx.LoRALinear, {"lora_rank": 2, "use_bias": False}),
+    "WSConv": ("conv", sbn.nnx.WSConv, {"use_bias": False}),
+    "bias": ("conv", nnx.Conv, {"bias_init": nn.initializers.ones}),
 }
 
 
 @pytest.mark.parametrize("sampler", [None, SAMPLERS["lattice"]], ids=str)
 @pytest.mark.parametrize("name", REPLACED)
 def test_an_nnx_layer_computes_with_what_was_put_in_its_place(name, sampler):
-    kind, other = REPLACED[name]
+    kind, cls, options = REPLACED[name]
     made = {"conv": sbn.nnx.ConvNorm, "dense": sbn.nnx.DenseNorm}[kind]
     window = [(3, 3)] if kind == "conv" else []
     layer = made(3, 4, *window, sampler=sampler, rngs=nnx.Rngs(0))
+    other = cls(3, 4, *window, **options, rngs=nnx.Rngs(0))
     setattr(layer, kind, other)
     if name == "LoRA":
         other.lora.lora_b[...] = jnp.ones((2, 4))

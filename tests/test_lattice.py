@@ -404,8 +404,11 @@ def test_the_gradient_of_a_sample_needs_no_convolution_of_its_own(sampler):
 
 
 FOLDING = [
-    *("BatchNorm", "BatchRenorm", "DiminishingBatchNorm"),
-    *("L1BatchNorm", "RangeBatchNorm"),
+    "BatchNorm",
+    "BatchRenorm",
+    "DiminishingBatchNorm",
+    "L1BatchNorm",
+    "RangeBatchNorm",
 ]
 
 

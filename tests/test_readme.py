@@ -10,15 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness import journal
-from harness.grid import experiment_of
+from harness.grid import Experiment, experiment_of
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = [
-    block
-    for block in re.findall(r"```python\n(.*?)```", README, re.S)
-    if ">>>" not in block
-]
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_switching_a_model_is_one_line() -> None:
@@ -79,14 +75,21 @@ def test_figures_are_those_of_the_committed_results() -> None:
     assert f"takes {min(ratios):.2f} to {max(ratios):.2f} of" in README
 
 
+def cifar10(width: int) -> list[tuple[Experiment, journal.Record]]:
+    """Returns the main study's training runs with networks of a width."""
+    records = journal.read(ROOT / "examples" / "results" / "main.jsonl")
+    runs = [(experiment_of(record), record) for record in records]
+    return [(e, r) for e, r in runs if (e.dataset, e.width) == ("cifar10", width)]
+
+
 def test_accuracies_of_small_batches_are_those_of_the_committed_results() -> None:
+    trained = cifar10(width=16)
+
     def accuracy(norm: str, images: int | None = 2) -> str:
         found = [
             100 * record["test_accuracy"][-1]
-            for record in journal.read(ROOT / "examples" / "results" / "main.jsonl")
-            for experiment in [experiment_of(record)]
+            for experiment, record in trained
             if (experiment.norm, experiment.norm_batch_size) == (norm, images)
-            and (experiment.dataset, experiment.width) == ("cifar10", 16)
         ]
         assert len(found) == 3
         return f"{statistics.mean(found):.1f} %"
@@ -105,9 +108,7 @@ def distances(norm: str, seeds: int) -> list[str]:
     """Last loss and test accuracy, in points, less batch norm's of the same seed."""
     records = {
         (experiment.norm, experiment.seed): record
-        for record in journal.read(ROOT / "examples" / "results" / "main.jsonl")
-        for experiment in [experiment_of(record)]
-        if (experiment.dataset, experiment.width) == ("cifar10", 32)
+        for experiment, record in cifar10(width=32)
     }
     pairs = [(records[norm, seed], records["bn", seed]) for seed in range(seeds)]
     cells = []
@@ -119,13 +120,10 @@ def distances(norm: str, seeds: int) -> list[str]:
 
 
 def test_accuracies_of_the_main_study_are_those_of_the_committed_results() -> None:
-    results = journal.read(ROOT / "examples" / "results" / "main.jsonl")
     found: dict[str, list[float]] = {}
-    for record in results:
-        experiment = experiment_of(record)
-        if (experiment.dataset, experiment.width) == ("cifar10", 32):
-            accuracy = 100 * record["test_accuracy"][-1]
-            found.setdefault(experiment.norm, []).append(accuracy)
+    for experiment, record in cifar10(width=32):
+        accuracy = 100 * record["test_accuracy"][-1]
+        found.setdefault(experiment.norm, []).append(accuracy)
     bn, lattice = (
         f"{statistics.mean(found[norm]):.1f} ± {statistics.stdev(found[norm]):.1f} %"
         for norm in ("bn", "lattice")

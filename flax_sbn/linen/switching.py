@@ -340,7 +340,8 @@ def _is_linear(module: Any) -> bool:
     """Whether a module computes what Flax's layer does, of the kernel it stores."""
     own = type(module)
     return (
-        own.__call__ in (nn.Conv.__call__, nn.Dense.__call__)
+        isinstance(module, nn.Conv | nn.Dense)  # ConvLocal has the call of Conv
+        and own.__call__ in (nn.Conv.__call__, nn.Dense.__call__)
         and own.param is nn.Module.param
         and module.promote_dtype is promote_dtype
     )

@@ -55,15 +55,16 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return {**linear, "use_bias": False}, norm
 
 
+FLAX_CALLS = (nnx.Conv.__call__, nnx.Linear.__call__)
+
+
 def computes_as_flax(linear: Any) -> bool:
     """Whether a layer computes what Flax's does, without a bias, of its kernel.
 
     Another layer may have been put in its place, such as one with LoRA.
     """
     own = getattr(type(linear), "plain", type(linear))  # before `sample_norms`
-    return own.__call__ in (nnx.Conv.__call__, nnx.Linear.__call__) and (
-        linear.bias is None
-    )
+    return own.__call__ in FLAX_CALLS and linear.bias is None
 
 
 class LinearNorm(nnx.Module):

@@ -13,6 +13,7 @@ from flax_sbn.modules import switching
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.input_statistics import set_class
 from flax_sbn.nnx.keys import fork_stream
+from flax_sbn.nnx.linear_norm import FLAX_CALLS
 from flax_sbn.nnx.modes import evaluates
 from flax_sbn.sampling import Sampler, needs_key
 
@@ -130,8 +131,7 @@ def sample_norms(
             fork_stream(streams, rng_collection, str(sampler)) if draws else None
         )
     for path, layer in _modules(model):
-        own = type(layer).__call__
-        linear = own in (nnx.Conv.__call__, nnx.Linear.__call__)
+        linear = type(layer).__call__ in FLAX_CALLS
         if linear and layer.promote_dtype is promote_dtype:
             _change_class(layer, _Linear)
             layer.path = path

@@ -279,16 +279,20 @@ def test_nnx_reports_say_how_a_relu_stays_fused():
 
 
 @pytest.mark.parametrize(
-    ("switch", "model", "message"),
+    ("switch", "make", "message"),
     [
-        (sbn.linen.sample_norms, NNXBlock, r"got the class NNXBlock. Call it: NNXBl"),
-        (sbn.linen.sample_norms, NNXBlock(), r"of Linen, .* flax_sbn.nnx.sample_norms"),
-        (sbn.nnx.sample_norms, Chain(), r"of NNX, .* flax_sbn.linen.sample_norms"),
+        (
+            sbn.linen.sample_norms,
+            lambda: NNXBlock,
+            r"got the class NNXBlock. Call it: NNXBl",
+        ),
+        (sbn.linen.sample_norms, NNXBlock, r"of Linen, .* flax_sbn.nnx.sample_norms"),
+        (sbn.nnx.sample_norms, Chain, r"of NNX, .* flax_sbn.linen.sample_norms"),
     ],
 )
-def test_what_is_no_module_of_the_api_is_refused(switch, model, message):
+def test_what_is_no_module_of_the_api_is_refused(switch, make, message):
     with pytest.raises(TypeError, match=message):
-        switch(model)
+        switch(make())
 
 
 def test_with_a_weight_of_one_the_running_statistics_normalize():
@@ -340,6 +344,7 @@ class Halved(nn.Dense):
         functools.partial(sbn.linen.WSDense, 4),
         functools.partial(sbn.linen.CenteredConv, 4, (3, 3)),
         functools.partial(Halved, 4),
+        functools.partial(nn.ConvLocal, 4, (3, 3)),  # whose kernel is of each position
     ],
     ids=lambda linear: linear.func.__name__,
 )
