@@ -45,6 +45,17 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget() -> Iterator[None]:
+    """Lets the programs that a module traced go.
+
+    To make one, MLIR looks through all that its thread keeps: after some thousands of
+    programs that takes longer than all else.
+    """
+    yield
+    jax.clear_caches()
+
+
 @functools.wraps(compiler.get_compile_options)
 def _quick_options(*args: Any, **kwargs: Any) -> Any:
     options = _compile_options(*args, **kwargs)

@@ -245,6 +245,7 @@ def _lattice_step(tiles: Sequence[int]) -> int:
     return next(n for n in itertools.count(step) if math.gcd(n, math.prod(tiles)) == 1)
 
 
+@jax.jit  # the loop is traced once, not in every layer
 def _random_bits(key: jax.Array) -> jax.Array:
     """Returns random bits, uint32, by a small hash of the key.
 
