@@ -1,6 +1,5 @@
 """What samplers measure, put into the reference's words; features last."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -45,17 +44,8 @@ def measured(
     sampler: sbn.Sampler | None, extent: Sequence[int], key: jax.Array | None = KEY
 ) -> tuple[list[np.ndarray], list[float]]:
     """Returns where each part of a sample lies, and the parts' weights."""
-    words = None if key is None else tuple(jax.random.key_data(key).tolist())
-    return _measured(sampler, tuple(extent), words)
-
-
-@functools.cache
-def _measured(
-    sampler: sbn.Sampler | None, extent: tuple[int, ...], words: tuple[int, ...] | None
-) -> tuple[list[np.ndarray], list[float]]:
-    key = None if words is None else jax.random.wrap_key_data(np.uint32(words))
     wheres, weights = [], []
-    for part in sampled_parts(sampler, extent, key):
+    for part in sampled_parts(sampler, tuple(extent), key):
         index = np.arange(math.prod(extent)).reshape(extent)
         for selection in part.windows:
             index = take(selection, index)
