@@ -3,7 +3,8 @@
 ``docs/benchmarks.md``, of many devices ``docs/scaling.md``, and ``docs/reliability.md``
 get those of benchmarks/results, the newest of each device and case;
 ``docs/accuracy.md`` those of the studies in examples/ and the noise of samples,
-``docs/normalizers.md`` that of all normalizers. What stands between the markers of a
+``docs/normalizers.md`` that of all normalizers, ``docs/tutorial.md`` a run of ``make
+demo``. What stands between the markers of a
 page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest
 left alone. ``--check`` writes nothing and fails if a page is out of date.
 """
@@ -16,10 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from harness import comparison
 from harness.command_line import Parser
 from reports import (
     curves,
@@ -29,6 +34,7 @@ from reports import (
     reliability_tables,
     studies,
     tables,
+    theme,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +44,7 @@ _REPORT = ("benchmark", "device", "dtype")
 _CASE = ("target", "model", "batch_size", "layer", "shape", "library")
 # What the names of charts begin with, a page each.
 _BENCH, _NETWORK, _RELIABILITY = "bench", "network", "reliability"
-_STUDY, _NORMALIZERS = "study", "micro-batches"
+_STUDY, _NORMALIZERS, _DEMO = "study", "micro-batches", "demo"
 
 Report = dict[str, Any]
 
@@ -72,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     pages = [
         *result_pages(args.root, reports),
         *study_pages(args.root, found, reports),
+        *demo_pages(args.root),
     ]
     old = [page for page in pages if not update(page, write=not args.check)]
     for page in old if args.check else ():
@@ -159,6 +166,37 @@ def study_page(path: Path, charts: str, found: Sequence[studies.Study]) -> Page:
         shown = images(names, curves.ALT.get(study.kind, ""))
         sections[study.name] = studies.section(study, shown)
     return Page(path, charts, sections, draw)
+
+
+def demo_pages(root: Path) -> list[Page]:
+    """Returns the page with a run of the demonstration, if there is one."""
+    folder = root / "examples" / "results" / "digits"
+    if not folder.exists():
+        return []
+    demo = comparison.Report.read(folder)
+    files = {name: f"{_DEMO}-digits-{name}.svg" for name in theme.THEMES}
+
+    def figure(ink: str, soft: str) -> Figure:
+        inks: Any = {"text.color": ink, "axes.labelcolor": ink}
+        inks |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), soft)
+        with mpl.rc_context(inks):
+            return demo.figure()
+
+    header, lines = demo.cells()
+    section = [
+        f"**{demo.about['title']}**, {demo.about['machine']}, "
+        f"{demo.about['date'][:10]}; {tables.versions(demo.about)}.",
+        tables.markdown(header, lines, left=1),
+        *images(files, "Training loss and test error of the methods by epoch"),
+    ]
+    return [
+        Page(
+            root / "docs" / "tutorial.md",
+            _DEMO,
+            {"demo": "\n\n".join(section)},
+            lambda static: theme.save(figure, files, static),
+        )
+    ]
 
 
 def joined(page: Page, more: Page) -> Page:

@@ -10,12 +10,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+import matplotlib as mpl
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import (
     LogLocator,
     MaxNLocator,
@@ -27,9 +24,10 @@ from rich.table import Table
 from harness.files import replacing
 from harness.progress import outcome
 
-# Okabe & Ito's colours, which colour-blind readers tell apart, and two of Tol's.
+# Okabe & Ito's colours, which colour-blind readers tell apart, and two of Tol's. What
+# the others are compared with comes first, in the colour of the text.
 _COLOURS = (
-    *("#000000", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"),
+    *("#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"),
     *("#882255", "#999933"),
 )
 
@@ -69,6 +67,22 @@ class Report:
     measured: dict[str, float | None]
     runs: list[Run] = dataclasses.field(default_factory=list)
     relative_time: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Report":
+        """Returns what :meth:`write` left in a folder."""
+        about = json.loads((folder / "results.json").read_text())
+        methods = about.pop("methods")
+        runs = [Run(**run) for run in about.pop("runs")]
+        for run in runs:
+            run.loss = [math.nan if x is None else x for x in run.loss]
+        return cls(
+            folder,
+            about,
+            measured={row["method"]: row["measured"] for row in methods},
+            runs=runs,
+            relative_time={row["method"]: row["relative_time"] for row in methods},
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Returns one row a method, from its complete runs if there are any."""
@@ -119,31 +133,42 @@ class Report:
             writer.writerows(self.rows())
         if any(map(_drawable, self.runs)):
             with replacing(self.folder / "curves.png") as path:
-                self._plot(path)
+                self.figure().savefig(path, dpi=130, format="png")
 
-    def table(self) -> Table:
-        """Returns the comparison as a table for the terminal."""
+    def cells(self) -> tuple[list[str], list[list[str]]]:
+        """Returns what the table shows: its header, and a line a method."""
         reference = next(iter(self.measured))
-        table = Table(title=f"{self.about['title']}", title_justify="left")
-        if self.relative_time and self.about.get("platform") == "cpu":
-            table.caption = "A CPU gains no time: see README, What it costs, and saves."
-        table.add_column("method", overflow="fold")
-        table.add_column("values measured", justify="right")
-        table.add_column("test accuracy", justify="right")
-        table.add_column("seeds", justify="right")
-        table.add_column(f"time per step / {reference}", justify="right")
-        for row in self.rows():
-            table.add_row(
+        header = ["method", "values measured", "test accuracy", "seeds"]
+        lines = [
+            [
                 row["method"],
                 "-" if row["measured"] is None else f"{row['measured']:.1%}",
                 outcome(row["test_accuracy"], row["spread"], row["diverged"]),
                 str(row["seeds"]),
                 f"{row['relative_time']:.2f}" if row["relative_time"] else "-",
-            )
+            ]
+            for row in self.rows()
+        ]
+        return [*header, f"time per step / {reference}"], lines
+
+    def table(self) -> Table:
+        """Returns the comparison as a table for the terminal."""
+        (first, *others), lines = self.cells()
+        table = Table(title=f"{self.about['title']}", title_justify="left")
+        if self.relative_time and self.about.get("platform") == "cpu":
+            table.caption = "A CPU gains no time: see README, What it costs, and saves."
+        table.add_column(first, overflow="fold")
+        for name in others:
+            table.add_column(name, justify="right")
+        for line in lines:
+            table.add_row(*line)
         return table
 
-    def _plot(self, path: Path) -> None:
-        figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    def figure(self) -> Figure:
+        """Draws loss and test error by epoch, in the colours of ``mpl.rcParams``."""
+        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        axes = figure.subplots(1, 2)
+        colours = (mpl.rcParams["text.color"], *_COLOURS)
         # Half an image wrong stands for none on the logarithmic axis.
         least = 0.5 / self.about["test_images"]
         for i, method in enumerate(self.measured):
@@ -157,8 +182,8 @@ class Report:
                     continue
                 values = np.array([curve[:length] for curve in curves])
                 epochs = np.arange(1, length + 1)
-                colour = _COLOURS[i % len(_COLOURS)]
-                style = "-" if i < len(_COLOURS) else "--"
+                colour = colours[i % len(colours)]
+                style = "-" if i < len(colours) else "--"
                 axis.plot(
                     epochs, values.mean(0), style, color=colour, label=method, lw=1.8
                 )
@@ -179,8 +204,7 @@ class Report:
             title="method", frameon=False, bbox_to_anchor=(1, 0.5), loc="center left"
         )
         figure.suptitle(f"{self.about['title']}: mean and range of the seeds")
-        figure.savefig(path, dpi=130, format="png")
-        plt.close(figure)
+        return figure
 
 
 def _drawable(run: Run) -> bool:
