@@ -331,6 +331,7 @@ def test_bad_options_are_told_by_the_parser(argv, message, capsys) -> None:
     ("error", "message"),
     [
         (ModuleNotFoundError("No PIL", name="PIL.Image"), "install '.[examples]'\n"),
+        (ModuleNotFoundError("No h", name="hypothesis"), "install '.[test]'\n"),
         (KeyboardInterrupt(), "Interrupted.\n"),
         (ModuleNotFoundError("No fla", name="fla"), "ModuleNotFoundError: No fla\n"),
     ],

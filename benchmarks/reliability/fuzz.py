@@ -18,13 +18,16 @@ if __name__ == "__main__":  # before JAX starts; the tests have settings of thei
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # it mostly compiles
 
 import jax
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from harness.command_line import Parser
+from harness.command_line import Parser  # first: it says which package is missing
+
+# isort: split
+from hypothesis import HealthCheck, Phase, given, seed, settings
+
 from harness.measuring import add_counts, describe_device
 from reports import reliability_tables
 from speed import timing

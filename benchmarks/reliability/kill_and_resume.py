@@ -19,6 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from harness.command_line import Parser  # first: it says which package is missing
+
+# isort: split
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -28,10 +34,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tensorboard.backend.event_processing import event_accumulator
 from tensorboard.util import tensor_util
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from harness.command_line import Parser
 from harness.data import load_digits
 from harness.measuring import add_counts, check_positive, describe_device
 from speed import timing

@@ -22,17 +22,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from harness.command_line import Parser  # first: it says which package is missing
+
+# isort: split
 import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from harness import crops
-from harness.command_line import Parser
 from harness.measuring import (
     add_counts,
     check_positive,

@@ -3,11 +3,12 @@
 import sys
 from types import TracebackType
 
-# What the scripts import and the library does not.
-_EXTRA = (
-    *("PIL", "array_record", "google", "grain"),
-    *("matplotlib", "orbax", "sklearn", "tensorboard"),
-)
+# What the scripts import and the library does not, and the option that installs it.
+_EXTRAS = {
+    **dict.fromkeys(("PIL", "array_record", "google", "grain"), "examples"),
+    **dict.fromkeys(("matplotlib", "orbax", "sklearn", "tensorboard"), "examples"),
+    "hypothesis": "test",
+}
 
 
 def _in_one_line(
@@ -15,8 +16,8 @@ def _in_one_line(
 ) -> None:
     """Shows a missing optional package, and Ctrl-C, in one line; else a traceback."""
     name = error.name if isinstance(error, ModuleNotFoundError) else None
-    if name and name.partition(".")[0] in _EXTRA:
-        print(f"{error}: pip install '.[examples]'", file=sys.stderr)
+    if extra := _EXTRAS.get((name or "").partition(".")[0]):
+        print(f"{error}: pip install '.[{extra}]'", file=sys.stderr)
     elif isinstance(error, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
     else:
