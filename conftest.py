@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import pytest
 from jax._src import compiler
+from jax._src.interpreters import mlir
 
 # Of XLA's options, those that leave programs as they are and shorten making code of
 # them: no MLIR for what is fused, and one module for LLVM instead of many.
@@ -45,15 +46,20 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 50)
 
 
+# Programs share what MLIR registers first: for a small one it is a third of the work.
+mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forget() -> Iterator[None]:
     """Lets the programs that a module traced go.
 
-    To make one, MLIR looks through all that its thread keeps: after some thousands of
+    MLIR looks through all that it keeps to make the next: after some thousands of
     programs that takes longer than all else.
     """
     yield
     jax.clear_caches()
+    mlir.make_ir_context.cache_clear()
 
 
 @functools.wraps(compiler.get_compile_options)
