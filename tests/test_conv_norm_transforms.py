@@ -66,7 +66,7 @@ def test_remat_draws_the_same_place_again(name):
             y, updated = train(layer, variables, x)
             return (y**3).sum(), updated
 
-        return jax.grad(loss, has_aux=True)(X)
+        return jax.jit(jax.grad(loss, has_aux=True))(X)
 
     def nnx_gradient(call):
         layer = nnx_layer(cases.SAMPLERS[name])

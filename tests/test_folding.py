@@ -149,9 +149,11 @@ def test_parameters_may_be_narrower_than_what_is_computed(sampler, x64):
         sbn.Statistics(*cases.inputs((2, OUTPUTS), "float64", seed=5)),
     )
     (*value, grads), (*expected, plain) = (
-        unfolded.value_and_gradients(
-            functools.partial(function, **options), arguments, cotangents
-        )
+        jax.jit(
+            functools.partial(
+                unfolded.value_and_gradients, functools.partial(function, **options)
+            )
+        )(arguments, cotangents)
         for function in (sbn.conv_norm, unfolded.conv_norm)
     )
     assert_same_to_rounding((value, grads.pop("x")), (expected, plain.pop("x")))

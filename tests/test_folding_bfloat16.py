@@ -219,7 +219,7 @@ def test_large_values_in_float16_fold(name):
     x, kernel = jnp.clip(x, -6e4, 6e4).astype(jnp.float16), jnp.eye(4)[None, None]
     options = {"sampler": cases.SAMPLERS[name], "key": KEY, "dtype": "float16"}
     (folded, _), (plain, _) = (
-        conv_norm(x, kernel, **options)
+        jax.jit(functools.partial(conv_norm, **options))(x, kernel)
         for conv_norm in (sbn.conv_norm, unfolded.conv_norm)
     )
     assert_close(folded, np.float64(plain), "float16")
@@ -250,5 +250,5 @@ def test_half_precision_is_the_dtype_of_the_output_alone(name, dtype):
         assert statistics.mean.dtype == statistics.var.dtype == jnp.float32
         return y.astype(jnp.float32).sum()
 
-    gradients = jax.grad(output, (0, 1, 2, 3))(x, kernel, scale, bias)
+    gradients = jax.jit(jax.grad(output, (0, 1, 2, 3)))(x, kernel, scale, bias)
     assert [g.dtype for g in gradients] == [dtype, *["float32"] * 3]

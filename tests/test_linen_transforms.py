@@ -78,7 +78,7 @@ def test_remat_draws_the_same_place_again(name):
             y, updated = train(layer, variables, x)
             return (y**3).sum(), updated
 
-        return jax.grad(loss, has_aux=True)(X)
+        return jax.jit(jax.grad(loss, has_aux=True))(X)
 
     plain, remat = gradient(BatchNorm), gradient(nn.remat(BatchNorm))
     chex.assert_trees_all_close(plain, remat, rtol=1e-4, atol=1e-4)

@@ -66,6 +66,7 @@ def test_output_and_gradient_are_those_of_the_equations(dtype, r_max, d_max, x64
     running = sbn.Statistics(*(np.float64(s) for s in RUNNING))
     limit = {"r_max": r_max, "d_max": d_max}
 
+    @jax.jit
     def norm(x):
         return sbn.alternatives.batch_renorm(x, running=RUNNING, **limit)[0]
 

@@ -35,6 +35,7 @@ def test_each_group_is_a_batch_of_its_own(axis):
 def test_gradients_stay_within_the_group(x64):
     x = cases.inputs((8, 3), "float64")
 
+    @jax.jit
     def norm(x):
         return sbn.alternatives.ghost_batch_norm(x, num_groups=2)[0]
 
