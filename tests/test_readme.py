@@ -128,8 +128,8 @@ def test_accuracies_of_the_main_study_are_those_of_the_committed_results() -> No
     assert f"| FS is {patch} points from batch norm;" in README
     words = {3: "three", 4: "four", 5: "five"}
     assert (
-        f"a ResNet-8 reaches {bn} with batch norm and {lattice} with the lattice, and "
-        f"its last loss is {loss} from batch norm's of the same seed "
+        f"a ResNet-8 reaches {bn} with batch norm and {lattice} with the lattice. "
+        f"Their final training losses differ by {loss} "
         f"([{words[count]} training runs each]"
     ) in " ".join(README.split())
 
