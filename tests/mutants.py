@@ -6,13 +6,13 @@ Each mutant is one edit of one file: another operator or comparison, a larger nu
 a mean for a variance, a condition turned around, a gradient that is not stopped. The
 tests of that file run in a copy of the tree until one fails, then those of all layers.
 A mutant that survives is either equivalent, or a test is missing. By hand, as it takes
-an hour or two; the same seed draws the same mutants as long as the files are the same.
+an hour or two. The same seed draws the same mutants as long as the files are the same:
+with --json the same command goes on where an earlier one ended.
 """
 
 import argparse
 import ast
 import concurrent.futures
-import json
 import os
 import queue
 import random
@@ -23,9 +23,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from harness import journal
 
 ROOT = Path(__file__).parents[1]
 # Left out: what only complains, documents, or is there for static types.
@@ -215,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--only", default="", metavar="TEXT", help="files whose path has this in it"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="results, line by line"
+        "--json", type=Path, metavar="FILE", help="results, to which others are added"
     )
     args = parser.parse_args(argv)
     files = [
@@ -226,7 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     every = [mutant for path in files for mutant in mutants_of(path)]
     chosen = random.Random(args.seed).sample(every, min(args.count, len(every)))
     print(f"{len(chosen)} of {len(every)} mutants of {len(files)} files")
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        journal.opened(args.json or Path(folder) / "results.jsonl") as results,
+    ):
+        killers = {Mutant(**r["experiment"]): r["killer"] for r in results.records}
+        left = [mutant for mutant in chosen if mutant not in killers]
         trees: queue.Queue[Path] = queue.Queue()
         for i in range(args.jobs):
             trees.put(_copy(Path(folder) / str(i)))
@@ -238,20 +247,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             finally:
                 trees.put(tree)
 
-        survivors = 0
         with (
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
             Progress() as bar,
         ):
-            shown = bar.track(pool.map(run, chosen), len(chosen))
-            for mutant, by in zip(chosen, shown, strict=True):
-                if by is None:
-                    survivors += 1
-                    bar.console.print(f"survives: {mutant}", soft_wrap=True)
-                if args.json:
-                    _append(args.json, {**mutant._asdict(), "killer": by})
-    print(f"{len(chosen) - survivors} of {len(chosen)} mutants are noticed")
-    return survivors
+            runs = {pool.submit(run, mutant): mutant for mutant in left}
+            done = concurrent.futures.as_completed(runs)
+            for future in bar.track(done, len(left)):
+                mutant, by = runs[future], future.result()
+                killers[mutant] = by
+                results.append({"experiment": mutant._asdict(), "killer": by})
+    survivors = [mutant for mutant in chosen if killers[mutant] is None]
+    for mutant in survivors:
+        print(f"survives: {mutant}")
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants are noticed")
+    return len(survivors)
 
 
 def _copy(tree: Path) -> Path:
@@ -263,11 +273,6 @@ def _copy(tree: Path) -> Path:
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tree / name)
     return tree
-
-
-def _append(path: Path, record: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

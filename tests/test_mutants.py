@@ -51,3 +51,26 @@ def test_complaints_and_annotations_are_left_alone(tmp_path, monkeypatch) -> Non
     path = tmp_path / "file.py"
     path.write_text('def f(x: A[1]) -> B[2]:\n    raise E(f"{x + 1}")\n')
     assert not [*mutants.mutants_of(path)]
+
+
+def test_results_are_kept_and_not_computed_again(tmp_path, monkeypatch, capsys) -> None:
+    (tmp_path / "flax_sbn").mkdir()
+    (tmp_path / "flax_sbn" / "file.py").write_text("y = a - b\nz = a * b\n")
+    monkeypatch.setattr(mutants, "ROOT", tmp_path)
+    monkeypatch.setattr(mutants, "_copy", lambda tree: tree)
+    tried = []
+
+    def killer(mutant, tree):
+        tried.append(mutant.old)
+        return None if mutant.old == "*" else "a test"
+
+    monkeypatch.setattr(mutants, "killer", killer)
+    results = tmp_path / "results.jsonl"
+    argv = ["--json", str(results), "--count"]
+    for count in ("1", "2", "2"):
+        found = mutants.main([*argv, count])
+        with results.open("a") as file:
+            file.write('{"experiment": "cut')  # while it was written
+    assert found == 1
+    assert sorted(tried) == ["*", "-"]
+    assert "survives: flax_sbn/file.py:2: '*' -> '/'" in capsys.readouterr().out
