@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -86,8 +84,11 @@ class Dataset:
 
 def load_digits() -> Dataset:
     """Returns scikit-learn's 1,797 scans of digits, 8 x 8, a quarter held out."""
-    digits = sklearn.datasets.load_digits()
-    split = sklearn.model_selection.train_test_split(
+    # Here, as importing it takes a second, and no other data need it.
+    from sklearn import datasets, model_selection
+
+    digits = datasets.load_digits()
+    split = model_selection.train_test_split(
         digits.images.astype(np.uint8)[..., None],
         digits.target.astype(np.int32),
         test_size=0.25,
