@@ -20,8 +20,8 @@ import flax_sbn as sbn
 from harness import methods, processes
 from harness.checkpoints import CheckpointError, Checkpoints
 from harness.command_line import Parser
-from harness.comparison import new_folder
 from harness.data import DataError
+from harness.files import new_folder
 from harness.measuring import add_counts, check_positive
 from harness.networks import Settings
 from harness.options import COUNTS, add_option, add_settings, settings_of

@@ -21,8 +21,9 @@ from rich.progress import Progress, TaskID
 
 from harness import methods, processes, tasks
 from harness.command_line import Parser
-from harness.comparison import Report, Run, new_folder
+from harness.comparison import Report, Run
 from harness.data import DataError, Dataset
+from harness.files import new_folder
 from harness.measuring import check_positive, describe_device, interleaved, median_ratio
 from harness.networks import Settings
 from harness.options import COUNTS, add_option, add_settings, help_of, settings_of

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import flax_sbn as sbn
 import train
-from harness import comparison, methods, tasks
+from harness import files, methods, tasks
 from harness.comparison import Report, Run
 from harness.data import load_digits
 from harness.networks import NETWORKS, Settings
@@ -254,7 +254,7 @@ def test_the_script_writes_its_files_and_prints_the_table(
 
 def test_results_are_never_overwritten(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
-    folders = {comparison.new_folder(None, "digits") for _ in range(3)}
+    folders = {files.new_folder(None, "digits") for _ in range(3)}
     assert len(folders) == 3
     kept = tmp_path / "mine"
     kept.mkdir()

@@ -2,8 +2,6 @@
 
 import csv
 import dataclasses
-import datetime
-import itertools
 import json
 import math
 import statistics
@@ -210,25 +208,3 @@ class Report:
 def _drawable(run: Run) -> bool:
     """Whether a run has a curve: a logarithmic axis shows no NaN, nor infinity."""
     return bool(run.loss) and all(map(math.isfinite, run.loss))
-
-
-def new_folder(wanted: Path | None, name: str) -> Path:
-    """Makes a folder that did not exist before.
-
-    Raises:
-      FileExistsError: if ``wanted`` exists: results are never overwritten.
-    """
-    if wanted is not None:
-        if wanted.exists():
-            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
-        wanted.mkdir(parents=True)
-        return wanted
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
-    for number in itertools.count(1):
-        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError

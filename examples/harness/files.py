@@ -1,6 +1,8 @@
-"""Files that are written as a whole."""
+"""Files that are written as a whole, and folders that are new."""
 
 import contextlib
+import datetime
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,3 +21,25 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def new_folder(wanted: Path | None, name: str) -> Path:
+    """Makes a folder that did not exist before.
+
+    Raises:
+      FileExistsError: if ``wanted`` exists: results are never overwritten.
+    """
+    if wanted is not None:
+        if wanted.exists():
+            raise FileExistsError(f"Expected --out to be a new folder, got {wanted}.")
+        wanted.mkdir(parents=True)
+        return wanted
+    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H%M%S")
+    for number in itertools.count(1):
+        folder = Path("runs") / f"{stamp}-{name}{f'-{number}' if number > 1 else ''}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError
