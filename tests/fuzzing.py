@@ -125,11 +125,11 @@ def layers(draw: st.DrawFn) -> Layer:
     form = draw(st.sampled_from(list(FORMS)))
     conv = form.startswith("conv")
     spaces = [(9,), (6, 4)] if conv else [(), (5,), (4, 4), (2, 3, 4)]
-    rows = draw(st.sampled_from([8, 16]))
+    images = draw(st.sampled_from([8, 16]))
     dtypes = ["float32", "float32", "float64", "bfloat16", "float16"]
     return Layer(
         form=form,
-        extent=(rows, *draw(st.sampled_from(spaces))),
+        extent=(images, *draw(st.sampled_from(spaces))),
         sampler=draw(_SAMPLERS),
         dtype=draw(st.sampled_from(dtypes)),
         mesh=draw(st.sampled_from(list(MESHES))),
@@ -226,11 +226,11 @@ def _problem(layer: Layer, given: Data) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def _output_shape(layer: Layer) -> tuple[int, ...]:
-    rows, *space = layer.extent
+    images, *space = layer.extent
     if "conv" in layer.form:
         lost = 0 if layer.padding == "SAME" else WINDOW - 1
         space = [-(-(n - lost) // layer.strides) for n in space]
-    return (rows, *space, OUTPUTS)
+    return (images, *space, OUTPUTS)
 
 
 def _call(layer: Layer, arguments: Any, rest: Any) -> Any:
@@ -274,8 +274,10 @@ def _on_mesh(layer: Layer, arguments: Any, cotangent: Any, rest: Any) -> Any:
     mesh = jax.make_mesh(*MESHES[layer.mesh])
 
     def lay_out(path: Any, array: jax.Array) -> jax.Array:
-        of_rows = array.ndim > 1 and "kernel" not in jax.tree_util.keystr(path)
-        return jax.device_put(array, NamedSharding(mesh, P("data") if of_rows else P()))
+        of_images = array.ndim > 1 and "kernel" not in jax.tree_util.keystr(path)
+        return jax.device_put(
+            array, NamedSharding(mesh, P("data") if of_images else P())
+        )
 
     args = jax.tree_util.tree_map_with_path(lay_out, (arguments, cotangent, rest))
     with jax.set_mesh(mesh):
@@ -296,7 +298,7 @@ def _truth(
     if linear:
         kernel = np.asarray(arguments["kernel"].astype(layer.dtype), np.float64)
         taps = _taps(layer)
-        if not taps:  # every position is a row
+        if not taps:  # every position is an image
             x = x.reshape(-1, INPUTS)
         z = reference.contract("y", taps, x=x, kernel=kernel).reshape(shape)
         magnitude = reference.contract("y", taps, x=abs(x), kernel=abs(kernel))

@@ -146,11 +146,11 @@ def contract(wanted: str, taps: Sequence[Array], **given: Array) -> Array:
     """
     rank = len(taps)
     above, window, below = (list(range(i * rank, (i + 1) * rank)) for i in range(3))
-    rows, inputs, outputs = range(3 * rank, 3 * rank + 3)
+    images, inputs, outputs = range(3 * rank, 3 * rank + 3)
     axes = {
-        "x": [rows, *below, inputs],
+        "x": [images, *below, inputs],
         "kernel": [*window, inputs, outputs],
-        "y": [rows, *above, outputs],
+        "y": [images, *above, outputs],
     }
     operands: list[Any] = []
     for tap, *axes_of_tap in zip(taps, above, window, below, strict=True):

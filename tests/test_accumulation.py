@@ -33,7 +33,7 @@ CASES = pytest.mark.parametrize(
 
 
 def micro_batches():
-    """Returns rows, labels and keys, a leading axis of micro-batches."""
+    """Returns images, labels and keys, a leading axis of micro-batches."""
     x, labels = (a.reshape(MICRO, -1, *a.shape[1:]) for a in batch())
     return (
         x + np.arange(MICRO)[:, None, None, None, None],

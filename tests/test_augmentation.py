@@ -1,4 +1,4 @@
-"""Batch augmentation: copies, keys, gradients, and one measured copy of each row."""
+"""Batch augmentation: copies, keys, gradients, and one measured copy of each image."""
 
 import chex
 import jax
@@ -16,16 +16,16 @@ KEY = jax.random.key(0)
 SHAPE = (6, 4, 4, 3)
 
 
-def noisy(key, row):
-    return row + jax.random.normal(key, row.shape)
+def noisy(key, image):
+    return image + jax.random.normal(key, image.shape)
 
 
-def unchanged(key, row):
-    return row
+def unchanged(key, image):
+    return image
 
 
 @pytest.mark.parametrize("num_copies", [1, 3])
-def test_copies_of_a_row_are_next_to_each_other_and_augmented_each_on_its_own(
+def test_copies_of_an_image_are_next_to_each_other_and_augmented_each_on_its_own(
     num_copies,
 ):
     x = cases.inputs(SHAPE)
@@ -39,7 +39,7 @@ def test_copies_of_a_row_are_next_to_each_other_and_augmented_each_on_its_own(
     assert abs(correlation).max() < 5 / noise.shape[1] ** 0.5
 
 
-def test_unchanged_rows_are_repeated_rows():
+def test_unchanged_images_are_repeated():
     x = cases.inputs(SHAPE)
     repeated = repeat_examples(x, 3)
     chex.assert_trees_all_equal(augment_batch(unchanged, KEY, x, 3), repeated)
@@ -54,17 +54,17 @@ def test_the_key_alone_decides():
     y = augment(KEY, x)
     chex.assert_trees_all_equal(augment(KEY, x), y)
     assert (augment(jax.random.key(1), x) != y).any()
-    # A row's augmentation has nothing to do with the other rows' values.
+    # An image's augmentation has nothing to do with the other images' values.
     chex.assert_trees_all_equal(augment(KEY, x.at[1:].set(0))[:2], y[:2])
 
 
-def test_trees_of_arrays_stay_together_and_rows_may_change_their_form():
+def test_trees_of_arrays_stay_together_and_images_may_change_their_form():
     batch = {"image": cases.inputs(SHAPE), "box": jnp.arange(12).reshape(6, 2)}
 
-    def crop(key, row):
+    def crop(key, example):
         start = jax.random.randint(key, (), 0, 3)
-        image = jax.lax.dynamic_slice_in_dim(row["image"], start, 2)
-        return {"image": image, "box": row["box"] - start, "start": start}
+        pixels = jax.lax.dynamic_slice_in_dim(example["image"], start, 2)
+        return {"image": pixels, "box": example["box"] - start, "start": start}
 
     found = augment_batch(crop, KEY, batch, 4)
     chex.assert_shape(found["image"], (24, 2, 4, 3))
@@ -76,7 +76,7 @@ def test_trees_of_arrays_stay_together_and_rows_may_change_their_form():
         chex.assert_trees_all_equal(found["box"][i], again["box"][i] - start)
 
 
-@pytest.mark.parametrize("norm", ["none", "per row", "running"])
+@pytest.mark.parametrize("norm", ["none", "per image", "running"])
 def test_the_gradient_is_that_of_as_many_batches_accumulated(norm, x64):
     x, labels = cases.inputs(SHAPE, "float64"), cases.inputs((6, 2), "float64", seed=1)
     weights = cases.inputs((3, 5), "float64", seed=2)
@@ -85,7 +85,7 @@ def test_the_gradient_is_that_of_as_many_batches_accumulated(norm, x64):
 
     def loss(weights, x, labels):
         y = x @ weights
-        if norm == "per row":
+        if norm == "per image":
             y /= 1 + y.std((1, 2), keepdims=True)
         elif norm == "running":
             y = sbn.normalize(y, statistics)
@@ -104,21 +104,21 @@ def test_one_copy_of_each_says_what_all_copies_say_where_they_are_equal():
     expected = sbn.batch_statistics(x)
     copies = sbn.batch_statistics(y, sampler=sbn.CopySampling(4), key=KEY)
     chex.assert_trees_all_close(copies, expected, rtol=1e-5)
-    # A run of as many rows holds four rows only.
+    # A run of as many images holds four images only.
     run = sbn.batch_statistics(y, sampler=sbn.BatchSampling(16), key=KEY)
     assert (abs(run.mean - expected.mean) > 1e-2).any()
 
 
-def test_one_copy_of_each_errs_less_than_a_run_of_as_many_rows():
+def test_one_copy_of_each_errs_less_than_a_run_of_as_many_images():
     spread = 0.5
 
     @jax.jit
     @jax.vmap
     def errors(key):
-        rows, copies, place = jax.random.split(key, 3)
-        x = jax.random.normal(rows, (16, 1))
+        images, copies, place = jax.random.split(key, 3)
+        x = jax.random.normal(images, (16, 1))
         y = augment_batch(
-            lambda key, row: row + spread * jax.random.normal(key, row.shape),
+            lambda key, image: image + spread * jax.random.normal(key, image.shape),
             copies,
             x,
             4,
@@ -131,7 +131,7 @@ def test_one_copy_of_each_errs_less_than_a_run_of_as_many_rows():
     copies, run = (
         np.square(each).mean() for each in errors(jax.random.split(KEY, 4000))
     )
-    # Of 16 rows, each with its own noise, and of 4 rows with the noise of 16.
+    # Of 16 images, each with its own noise, and of 4 images with the noise of 16.
     for found, expected in (
         (copies, (1 + spread**2) / 16),
         (run, 1 / 4 + spread**2 / 16),
@@ -142,7 +142,7 @@ def test_one_copy_of_each_errs_less_than_a_run_of_as_many_rows():
 ERRORS = {
     "copies": (lambda x: augment_batch(unchanged, KEY, x, 0), "num_copies=0", ">= 1"),
     "repeats": (lambda x: repeat_examples(x, 2.0), "num_copies=2.0", "an int >= 1"),
-    "rows": (
+    "images": (
         lambda x: augment_batch(unchanged, KEY, {"x": x, "y": x[1:]}, 2),
         "shapes=[(6, 4, 4, 3), (5, 4, 4, 3)]",
         "first axis",
@@ -154,7 +154,7 @@ ERRORS = {
     ),
     "nothing": (lambda x: repeat_examples({}, 2), "shapes=[]", "as first axis"),
     "sampler": (lambda x: sbn.CopySampling(0), "num_copies=0", "an int >= 1"),
-    "sampled-rows": (
+    "sampled-images": (
         lambda x: sbn.batch_norm(x, sampler=sbn.CopySampling(4), key=KEY),
         "num_copies=4 and batch size 6",
         "augment_batch(augment, key, x, 4)",

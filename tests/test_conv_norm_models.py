@@ -127,7 +127,7 @@ def test_an_nnx_layer_computes_with_what_was_put_in_its_place(name, sampler):
 
 @pytest.mark.parametrize("batch", [(), (2, 8), (4, 1, 4)], ids=str)
 @pytest.mark.parametrize("name", ["all", "FS"])
-def test_batch_axes_are_taken_together_as_rows(name, batch):
+def test_batch_axes_are_taken_together_as_images(name, batch):
     layer = linen(SAMPLERS[name], activation=None)
     x = X if batch else X[:1]
     variables = layer.init(KEY, x)

@@ -120,7 +120,7 @@ def test_folded_convolutions_follow_the_equations(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Patch:
-    """A patch at a given place, or one for each run of rows."""
+    """A patch at a given place, or one for each run of images."""
 
     starts: Any
     sizes: tuple[int, ...]
@@ -176,7 +176,7 @@ def test_a_patch_may_be_anywhere(case, x64):
     last = unfolded.quick_jit(functools.partial(measure, starts=places[-1]))
     assert_same_to_rounding(last(x), moments([block(z, places[-1])]))
 
-    # All at once: rows of their own, which see another input each.
+    # All at once: images of their own, which see another input each.
     many = np.concatenate([x + i for i in range(len(places))])
     each = np.split(conv(many, kernel), len(places))
     starts = jnp.asarray(places, jnp.int32).T
@@ -240,7 +240,7 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
 
 @dataclasses.dataclass(frozen=True)
 class Nested:
-    """A patch for each half of the rows, and in both together one for each quarter."""
+    """A patch for each half of the images, and one for each quarter in both."""
 
     needs_key: ClassVar[bool] = False
 

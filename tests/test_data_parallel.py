@@ -48,7 +48,7 @@ def by_jit(kind):
 
 
 def by_shard_map(loss, *args, lower=False, synchronized=True):
-    """Runs on each device's rows; averages the loss, but not the statistics."""
+    """Runs on each device's images; averages the loss, but not the statistics."""
 
     def shard(*args):
         def mean_loss(*args):
@@ -71,7 +71,7 @@ def by_shard_map(loss, *args, lower=False, synchronized=True):
 
 
 # What a device measures, and the same of the whole batch on one device. Of patches, all
-# rows share one place: else it depends on the row's place in the batch.
+# images share one place: else it depends on the image's place in the batch.
 PATCH = sbn.FeatureSampling(1 / 4, groups=1)
 LATTICE = sbn.LatticeSampling(2, min_values=1)  # 8 of 64 positions
 SAMPLERS = {
@@ -162,7 +162,7 @@ def test_a_group_for_each_device_sends_nothing_more_under_jit(case):
 
 
 @pytest.mark.parametrize("way", ["jit", "explicit"])
-def test_groups_of_rows_have_the_numbers_of_one_device(way):
+def test_groups_of_images_have_the_numbers_of_one_device(way):
     norm = Norm(sbn.FeatureSampling(1 / 4), ghost_groups=SHARDS)
     params, state, loss = linen_step(norm)
     args = (params, state, *batch(), KEY)
@@ -224,8 +224,10 @@ def test_a_folded_kernels_gradient_is_sent_in_the_computations_dtype(dtype):
     assert [kind for kind in sums if kind.startswith("3x3")] == [
         {"float32": "3x3x3x4xf32", "bfloat16": "3x3x3x4xbf16"}[dtype]
     ]
-    rows = SHAPE[0] // SHARDS
-    alone = [jax.grad(loss)(kernel, x[i : i + rows]) for i in range(0, len(x), rows)]
+    images = SHAPE[0] // SHARDS
+    alone = [
+        jax.grad(loss)(kernel, x[i : i + images]) for i in range(0, len(x), images)
+    ]
     expected = functools.reduce(operator.add, alone) / SHARDS
     difference = jnp.abs(step(kernel, x) - expected).max() / jnp.abs(expected).max()
     assert difference < {"float32": 1e-6, "bfloat16": 2e-2}[dtype]

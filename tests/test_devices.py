@@ -24,7 +24,7 @@ SHAPE = (DEVICES * SHARD[0], *SHARD[1:])
 
 
 def vmapped(function, *args):
-    """Runs ``function`` on every device's rows, by vmap."""
+    """Runs ``function`` on every device's images, by vmap."""
     split = [a.reshape(DEVICES, -1, *a.shape[1:]) for a in args]
     out = jax.jit(jax.vmap(function, axis_name="data"))(*split)
     chex.assert_trees_all_close(out, jax.tree.map(lambda a: a[:1] + 0 * a, out))
@@ -32,7 +32,7 @@ def vmapped(function, *args):
 
 
 def shard_mapped(function, *args, check_vma=True, out=REPLICATED):
-    """Runs ``function`` on every device's rows, by shard_map."""
+    """Runs ``function`` on every device's images, by shard_map."""
     return jax.jit(
         jax.shard_map(
             function,
@@ -56,8 +56,8 @@ def pooled(x, sampler, mask=True):
 
 def unequal_mask():
     """Leaves ever less on a device, and nothing on the last."""
-    rows = np.random.default_rng(3).random(SHAPE).reshape(DEVICES, -1)
-    return (rows > np.linspace(0.2, 1, DEVICES)[:, None]).reshape(SHAPE)
+    images = np.random.default_rng(3).random(SHAPE).reshape(DEVICES, -1)
+    return (images > np.linspace(0.2, 1, DEVICES)[:, None]).reshape(SHAPE)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_pooling_costs_one_all_reduce_and_nothing_else_communicates(name, pooled
     assert [kind for kind, *_ in found] == ["all-reduce"] * pooled
 
 
-# Under jit, one stratum for each data shard, or patches of rows, are read in place.
+# Under jit, one stratum for each data shard, or patches of images, are read in place.
 LOCAL = [
     sbn.BatchSampling(16, strata=8),
     sbn.CopySampling(2),

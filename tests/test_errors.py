@@ -12,7 +12,7 @@ from tests.teaching import message_while_tracing
 KEY = jax.random.key(0)
 BS, NS, FS = sbn.BatchSampling, sbn.NaiveSampling, sbn.FeatureSampling
 VDN, Mixed, Lattice = sbn.VirtualSampling, sbn.MixedSampling, sbn.LatticeSampling
-ROWS, MAPS = (8, 3), (8, 4, 4, 3)
+VECTORS, MAPS = (8, 3), (8, 4, 4, 3)
 
 
 def measure(sampler, key=KEY, **options):
@@ -49,19 +49,43 @@ def append(shape, strata=1, dtype="float32"):
 # Input shape, call, type, what is given, and the fix.
 ERRORS = {
     # samplers that are none
-    "sampler-number": (ROWS, measure(8), TypeError, "sampler=8", "BatchSampling(8)"),
-    "sampler-class": (ROWS, measure(BS), TypeError, "BatchSampling'>", "sampler=None"),
-    "linen-sampler": (ROWS, linen(sampler=4), TypeError, "sampler=4", "BatchSampling"),
-    "nnx-sampler": (ROWS, nnx_layer(sampler=4), TypeError, "sampler=4", "sampler=None"),
+    "sampler-number": (VECTORS, measure(8), TypeError, "sampler=8", "BatchSampling(8)"),
+    "sampler-class": (
+        VECTORS,
+        measure(BS),
+        TypeError,
+        "BatchSampling'>",
+        "sampler=None",
+    ),
+    "linen-sampler": (
+        VECTORS,
+        linen(sampler=4),
+        TypeError,
+        "sampler=4",
+        "BatchSampling",
+    ),
+    "nnx-sampler": (
+        VECTORS,
+        nnx_layer(sampler=4),
+        TypeError,
+        "sampler=4",
+        "sampler=None",
+    ),
     # samples that do not fit the input
-    "ns-rows": (ROWS, measure(NS(9)), ValueError, "num_samples=9", "smaller"),
-    "bs-rows": (ROWS, measure(BS(64)), ValueError, "batch size 8", "sampler=None"),
-    "vdn-rows": (ROWS, measure(VDN(9)), ValueError, "num_virtual=9", "smaller"),
-    "bs-strata": (ROWS, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
-    "bs-sample": (ROWS, measure(BS(6, 4)), ValueError, "num_samples=6", "divide both"),
-    "vdn-strata": (ROWS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
-    "one-value": (ROWS, measure(NS(1)), ValueError, "got 1 from", "more images"),
-    "one-row": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more images"),
+    "ns-images": (VECTORS, measure(NS(9)), ValueError, "num_samples=9", "smaller"),
+    "bs-images": (VECTORS, measure(BS(64)), ValueError, "batch size 8", "sampler=None"),
+    "vdn-images": (VECTORS, measure(VDN(9)), ValueError, "num_virtual=9", "smaller"),
+    "bs-strata": (VECTORS, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
+    "bs-sample": (
+        VECTORS,
+        measure(BS(6, 4)),
+        ValueError,
+        "num_samples=6",
+        "divide both",
+    ),
+    "vdn-strata": (VECTORS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
+    "one-value": (VECTORS, measure(NS(1)), ValueError, "got 1 from", "more images"),
+    "one-image": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more images"),
     "one-pixel": ((1, 1, 1, 3), measure(Lattice()), ValueError, "got 1", "more images"),
     "no-map": (
         (8, 4, 0, 3),
@@ -70,8 +94,8 @@ ERRORS = {
         "shape=(8, 4, 0)",
         "axis`",
     ),
-    "fs-rows": (ROWS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
-    "no-rows": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
+    "fs-images": (VECTORS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
+    "no-images": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
     "no-pixels": ((8, 0, 3), measure(BS(2)), ValueError, "shape=(8, 0)", "axis`"),
     "no-batch": ((0, 3), measure(BS(2)), ValueError, "shape=(0,)", "empty batches"),
     "linen-no-batch": (
@@ -81,21 +105,21 @@ ERRORS = {
         "shape=(0,)",
         "sampler=None",
     ),
-    "linen-no-rows": (
+    "linen-no-images": (
         (3,),
         linen_step(sampler=NS(2)),
         ValueError,
         "shape=()",
         "feature axis?",
     ),
-    "nnx-no-rows": (
+    "nnx-no-images": (
         (3,),
         nnx_layer(sampler=NS(2)),
         ValueError,
         "shape=()",
         "feature axis?",
     ),
-    "groups-no-rows": (
+    "groups-no-images": (
         (3,),
         lambda x: sbn.alternatives.ghost_batch_norm(x, num_groups=2),
         ValueError,
@@ -103,24 +127,30 @@ ERRORS = {
         "feature axis?",
     ),
     "no-real": (
-        ROWS,
+        VECTORS,
         measure(Mixed(BS(2), VDN(8))),
         ValueError,
         "num_virtual=8 and batch size 8",
         "append_virtual",
     ),
-    "real-rows": (
-        ROWS,
+    "real-images": (
+        VECTORS,
         measure(Mixed(BS(5), VDN(4))),
         ValueError,
         "num_samples=5 and batch size 4",
         "smaller",
     ),
     # keys
-    "bs-key": (ROWS, measure(BS(2), None), ValueError, "key=None", "jax.random.key("),
+    "bs-key": (
+        VECTORS,
+        measure(BS(2), None),
+        ValueError,
+        "key=None",
+        "jax.random.key(",
+    ),
     "fs-key": (MAPS, measure(FS(0.5), None), ValueError, "key=None", "each step"),
     "mixed-key": (
-        ROWS,
+        VECTORS,
         measure(Mixed(BS(2), VDN(2)), None),
         ValueError,
         "key=None",
@@ -129,7 +159,7 @@ ERRORS = {
     # arguments of samplers
     **{
         f"positive-{name}-{value}": (
-            ROWS,
+            VECTORS,
             lambda x, make=make, name=name, value=value: make(**{name: value}),
             ValueError,
             f"{name}={value!r}",
@@ -163,7 +193,7 @@ ERRORS = {
     },
     **{
         f"weight-{value}": (
-            ROWS,
+            VECTORS,
             lambda x, value=value: Mixed(BS(2), VDN(2), value),
             ValueError,
             f"virtual_weight={value!r}",
@@ -179,7 +209,7 @@ ERRORS = {
         "0.015625",
     ),
     "weight-string": (
-        ROWS,
+        VECTORS,
         lambda x: Mixed(BS(2), VDN(2), "0.5"),
         TypeError,
         "virtual_weight='0.5'",
@@ -187,7 +217,7 @@ ERRORS = {
     ),
     **{
         f"{name}-{option}-{sampler}": (
-            ROWS,
+            VECTORS,
             make(sampler=sampler, **{option: value}),
             TypeError,
             f"{option}={value!r}",
@@ -198,7 +228,7 @@ ERRORS = {
         for sampler in (None, NS(2))
     },
     "function-epsilon": (
-        ROWS,
+        VECTORS,
         lambda x: sbn.batch_norm(x, epsilon="1e-5"),
         TypeError,
         "epsilon='1e-5'",
@@ -212,7 +242,7 @@ ERRORS = {
         "number",
     ),
     "running-weight": (
-        ROWS,
+        VECTORS,
         linen_step(sampler=NS(2), running_weight="0.75"),
         TypeError,
         "running_weight='0.75'",
@@ -242,7 +272,7 @@ ERRORS = {
         "Features are last",
     ),
     "mixed-swapped": (
-        ROWS,
+        VECTORS,
         lambda x: Mixed(VDN(2), BS(2)),
         TypeError,
         "got BatchSampling(num_samples=2",
@@ -250,7 +280,7 @@ ERRORS = {
     ),
     **{
         f"mixed-real-{real}": (
-            ROWS,
+            VECTORS,
             lambda x, real=real: Mixed(real, VDN(2)),
             TypeError,
             f"real={real!r}",
@@ -259,7 +289,7 @@ ERRORS = {
         for real in (None, VDN(2), Mixed(BS(2), VDN(2)))
     },
     "mixed-number": (
-        ROWS,
+        VECTORS,
         lambda x: Mixed(4, VDN(2)),
         TypeError,
         "sampler=4",
@@ -286,7 +316,7 @@ ERRORS = {
         "size 1",
     ),
     "mask-rank": (
-        ROWS,
+        VECTORS,
         measure(BS(2), mask=jnp.ones(MAPS, bool)),
         ValueError,
         "shape=(8, 3)",
@@ -297,20 +327,20 @@ ERRORS = {
     "scale": (MAPS, normalize(scale=jnp.ones(4)), ValueError, "(4,)", "axis`"),
     "bias": (MAPS, normalize(bias=jnp.ones((3, 1))), ValueError, "(3, 1)", "axis`"),
     "mixture": (
-        ROWS,
+        VECTORS,
         lambda x: sbn.mix_statistics([sbn.Statistics(x[0], x[0])], [0.5, 0.5]),
         ValueError,
         "got 2 weights and 1 statistics",
         "one weight for each",
     ),
     "empty-mixture": (
-        ROWS,
+        VECTORS,
         lambda x: sbn.mix_statistics([], []),
         ValueError,
         "0 statistics",
         "one weight for each",
     ),
-    # virtual rows
+    # virtual images
     "virtual-shape": (
         MAPS,
         append((2, 4, 3)),
@@ -325,23 +355,29 @@ ERRORS = {
         "3 virtual",
         "divide",
     ),
-    "virtual-zero-strata": (ROWS, append(ROWS, 0), ValueError, "strata=0", "divide"),
-    "drop-rows": (
-        ROWS,
+    "virtual-zero-strata": (
+        VECTORS,
+        append(VECTORS, 0),
+        ValueError,
+        "strata=0",
+        "divide",
+    ),
+    "drop-images": (
+        VECTORS,
         lambda x: sbn.drop_virtual(x, 9),
         ValueError,
         "num_virtual=9",
         "batch size 8",
     ),
     "drop-strata": (
-        ROWS,
+        VECTORS,
         lambda x: sbn.drop_virtual(x, 3, 2),
         ValueError,
         "strata=2",
         "divide both",
     ),
     "virtual-mean": (
-        ROWS,
+        VECTORS,
         lambda x: sbn.virtual_samples(KEY, 2, (4, 4, 3), mean=jnp.ones(4)),
         ValueError,
         "image of shape=(4, 4, 3), got mean of shape (4,)",
@@ -359,18 +395,18 @@ def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
 
 def test_virtual_floats_are_not_cast_to_a_batch_of_integers():
     with pytest.raises(ValueError, match=r"virtual images of float32\. Scale"):
-        sbn.append_virtual(jnp.ones(ROWS, "uint8"), jnp.ones(ROWS))
+        sbn.append_virtual(jnp.ones(VECTORS, "uint8"), jnp.ones(VECTORS))
 
 
 def test_a_key_that_is_not_needed_is_fine():
-    sbn.batch_norm(jnp.ones(ROWS), sampler=NS(2), key=KEY)
+    sbn.batch_norm(jnp.ones(VECTORS), sampler=NS(2), key=KEY)
 
 
-def test_one_row_of_many_pixels_is_enough():
+def test_one_image_of_many_pixels_is_enough():
     sbn.batch_norm(jnp.ones(MAPS), sampler=NS(1))
 
 
-def test_one_row_of_two_pixels_is_enough_for_a_lattice():
+def test_one_image_of_two_pixels_is_enough_for_a_lattice():
     sbn.batch_norm(jnp.ones((1, 1, 2, 3)), sampler=Lattice(1, min_values=1))
 
 

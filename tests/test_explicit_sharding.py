@@ -25,17 +25,17 @@ KERNEL = cases.inputs((3, 3, 3, 4), seed=2)
 MESH = ((4, 2), ("data", "model"), (AxisType.Explicit, AxisType.Auto))
 
 
-def on_rows(x):
+def on_images(x):
     """Lays an array out over a mesh with an explicit axis."""
     return jax.device_put(x, NamedSharding(jax.make_mesh(*MESH), P("data")))
 
 
 def on_mesh(function, x, *args):
-    """Runs a function of rows that lie on several devices; all have the rest."""
+    """Runs a function of images that lie on several devices; all have the rest."""
     mesh = jax.make_mesh(*MESH)
     args = jax.device_put(args, NamedSharding(mesh, P()))
     with jax.set_mesh(mesh):
-        return function(on_rows(x), *args)
+        return function(on_images(x), *args)
 
 
 def norm(x, kernel, key, sampler, mask=None):
@@ -105,7 +105,7 @@ def test_results_and_gradients_are_those_of_one_device(case):
 @pytest.mark.parametrize("name", ["FS", "VDN", "BS", "lattice"])
 def test_arrays_tell_their_mesh_outside_jit(name):
     x = cases.inputs(SHAPE)
-    y, _ = norm(on_rows(x), None, KEY, SAMPLERS[name])
+    y, _ = norm(on_images(x), None, KEY, SAMPLERS[name])
     assert_trees_close(y, norm(x, None, KEY, SAMPLERS[name])[0], num=x.size)
 
 
@@ -151,25 +151,25 @@ def test_layers_train(layer, norm_cls):
 
 
 def with_virtual(x):
-    rows = sbn.append_virtual(x, sbn.virtual_samples(KEY, 4, x.shape[1:]), strata=4)
-    return rows, sbn.drop_virtual(rows, 4, strata=4)
+    images = sbn.append_virtual(x, sbn.virtual_samples(KEY, 4, x.shape[1:]), strata=4)
+    return images, sbn.drop_virtual(images, 4, strata=4)
 
 
 def repeated(x):
     return sbn.repeat_examples(x, 2)
 
 
-@pytest.mark.parametrize("rows", [with_virtual, repeated])
-def test_rows_are_added_and_dropped_where_they_lie(rows):
+@pytest.mark.parametrize("change", [with_virtual, repeated])
+def test_images_are_added_and_dropped_where_they_lie(change):
     x = cases.inputs(SHAPE)
     for actual, expected in zip(
-        jax.tree.leaves(on_mesh(jax.jit(rows), x)),
-        jax.tree.leaves(rows(x)),
+        jax.tree.leaves(on_mesh(jax.jit(change), x)),
+        jax.tree.leaves(change(x)),
         strict=True,
     ):
         np.testing.assert_array_equal(actual, expected)
         assert jax.typeof(actual).sharding.spec[0] == "data"
-    assert on_mesh(functools.partial(collectives, rows), x) == []
+    assert on_mesh(functools.partial(collectives, change), x) == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tests.closeness import assert_close, assert_trees_close
 
 KEY = jax.random.key(3)
 X = cases.inputs((8, 6, 5, 3))
-ROW = X[:1]
+IMAGE = X[:1]
 SAMPLER = sbn.BatchSampling(4)
 
 
@@ -79,7 +79,7 @@ class NnxNet(nnx.Module):
 def trained(**options):
     """A linen model after a step, its variables anything but those of ``init``."""
     model = Net(options)
-    variables = jax.jit(model.init)(KEY, ROW)
+    variables = jax.jit(model.init)(KEY, IMAGE)
     variables["params"] = jax.tree.map(
         lambda v: v + cases.inputs(v.shape, seed=1).astype(v.dtype) / 4,
         variables["params"],
@@ -120,14 +120,14 @@ DTYPES = [{}, {"dtype": jnp.bfloat16}, {"param_dtype": jnp.bfloat16}]
 def test_linen_outputs_stay_and_no_norm_is_left(options):
     model, variables = trained(**options)
     before = jax.tree.map(jnp.array, variables)
-    exported = sbn.linen.fold_variables(model, variables, ROW)
+    exported = sbn.linen.fold_variables(model, variables, IMAGE)
     chex.assert_trees_all_equal(variables, before)
     assert exported.keys() == {"params"}
     assert "norm" not in str(jax.tree_util.tree_leaves_with_path(exported))
     actual, expected = (jax.jit(model.apply)(v, X) for v in (exported, variables))
     assert_close(actual, expected, "bfloat16" if options else "float32", num=54)
     assert_no_norm_is_left(
-        program(model.apply, variables, ROW), program(model.apply, exported, ROW)
+        program(model.apply, variables, IMAGE), program(model.apply, exported, IMAGE)
     )
 
 
@@ -143,22 +143,22 @@ def test_nnx_outputs_stay_and_no_norm_is_left(options):
     for each in (model, exported):
         graph, state = nnx.split(each)
         programs.append(
-            program(lambda x, g=graph, s=state: nnx.merge(g, s, copy=True)(x), ROW)
+            program(lambda x, g=graph, s=state: nnx.merge(g, s, copy=True)(x), IMAGE)
         )
     assert_no_norm_is_left(*programs)
 
 
-def test_the_program_takes_any_number_of_rows():
+def test_the_program_takes_any_number_of_images():
     model, variables = trained()
-    exported = sbn.linen.fold_variables(model, variables, ROW)
-    (rows,) = jax.export.symbolic_shape("rows")
-    x = jax.ShapeDtypeStruct((rows, *ROW.shape[1:]), "float32")
+    exported = sbn.linen.fold_variables(model, variables, IMAGE)
+    (images,) = jax.export.symbolic_shape("images")
+    x = jax.ShapeDtypeStruct((images, *IMAGE.shape[1:]), "float32")
     call = jax.export.export(jax.jit(lambda x: model.apply(exported, x)))(x).call
     assert_close(call(X), model.apply(variables, X), num=54)
 
 
 @pytest.mark.parametrize("images", [8, 24])
-def test_a_training_step_on_a_lattice_takes_any_number_of_rows(images):
+def test_a_training_step_on_a_lattice_takes_any_number_of_images(images):
     # With no less than `min_values` it measures where it does with a known number.
     sampler = sbn.LatticeSampling(4, min_values=32)
     kernel = cases.inputs((3, 3, 3, 4), seed=1)
@@ -176,15 +176,15 @@ def test_a_training_step_on_a_lattice_takes_any_number_of_rows(images):
 
         return jax.value_and_grad(loss, has_aux=True)(kernel)
 
-    (rows,) = jax.export.symbolic_shape("rows")
-    x = jax.ShapeDtypeStruct((rows, 9, 8, 3), "float32")
+    (any_number,) = jax.export.symbolic_shape("images")
+    x = jax.ShapeDtypeStruct((any_number, 9, 8, 3), "float32")
     call = jax.export.export(step)(kernel, x).call
     x = cases.inputs((images, 9, 8, 3), seed=2)
     assert_trees_close(call(kernel, x), step(kernel, x), num=x.size)
 
 
 @pytest.mark.parametrize("name", cases.SAMPLERS)
-def test_a_training_step_with_any_sampler_takes_any_number_of_rows(name):
+def test_a_training_step_with_any_sampler_takes_any_number_of_images(name):
     sampler, kernel = cases.SAMPLERS[name], cases.inputs((3, 3, 3, 4), seed=1)
     # As many values as make `min_values` say nothing, which an export leaves aside.
     x = cases.inputs((16, 12, 8, 3), seed=2)
@@ -197,8 +197,8 @@ def test_a_training_step_with_any_sampler_takes_any_number_of_rows(name):
 
         return jax.value_and_grad(loss, has_aux=True)(kernel)
 
-    (rows,) = jax.export.symbolic_shape("4*b", constraints=["b >= 2"])
-    given = (KEY, kernel, jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype))
+    (images,) = jax.export.symbolic_shape("4*b", constraints=["b >= 2"])
+    given = (KEY, kernel, jax.ShapeDtypeStruct((images, *x.shape[1:]), x.dtype))
     call = jax.export.export(step)(*given).call
     assert_trees_close(call(KEY, kernel, x), step(KEY, kernel, x), num=x.size)
 
@@ -299,7 +299,7 @@ def test_a_masked_kernel_stays_masked():
 
 def test_a_model_that_is_folded_for_good_does_not_train():
     model, variables = trained()
-    exported = sbn.linen.fold_variables(model, variables, ROW)
+    exported = sbn.linen.fold_variables(model, variables, IMAGE)
     message = r"Expected use_running_average=True, got False .* folded for good. Train"
     with pytest.raises(ValueError, match=message):
         model.apply(exported, X, True, mutable=["batch_stats"], rngs={"sampling": KEY})
@@ -328,8 +328,8 @@ def test_folding_twice_changes_nothing():
     once = sbn.nnx.fold_model(model)
     chex.assert_trees_all_equal(nnx.state(sbn.nnx.fold_model(once)), nnx.state(once))
     linen, variables = trained()
-    once = sbn.linen.fold_variables(linen, variables, ROW)
-    chex.assert_trees_all_equal(sbn.linen.fold_variables(linen, once, ROW), once)
+    once = sbn.linen.fold_variables(linen, variables, IMAGE)
+    chex.assert_trees_all_equal(sbn.linen.fold_variables(linen, once, IMAGE), once)
 
 
 def test_a_bias_beside_a_norm_is_refused():

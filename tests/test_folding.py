@@ -13,7 +13,7 @@ from tests import cases, unfolded
 from tests.closeness import assert_same_to_rounding, assert_trees_close
 from tests.samples import KEY
 
-ROWS, INPUTS, OUTPUTS = 12, 4, 8
+IMAGES, INPUTS, OUTPUTS = 12, 4, 8
 
 # As in BORDERS, with fewer than three spatial axes these are the first values.
 GEOMETRY = {
@@ -120,7 +120,7 @@ def test_convolutions_fold(case, x64):
     assert_folds(
         functools.partial(sbn.conv_norm, **options),
         functools.partial(unfolded.conv_norm, **options),
-        cases.inputs((ROWS, *case["extent"][:rank], INPUTS), "float64"),
+        cases.inputs((IMAGES, *case["extent"][:rank], INPUTS), "float64"),
         weights((*window, INPUTS // groups, OUTPUTS)),
         case,
     )
@@ -131,7 +131,7 @@ def test_dense_layers_fold(case, x64):
     assert_folds(
         sbn.dense_norm,
         unfolded.dense_norm,
-        cases.inputs((ROWS, *case["extent"], INPUTS), "float64"),
+        cases.inputs((IMAGES, *case["extent"], INPUTS), "float64"),
         weights((INPUTS, OUTPUTS)),
         case,
     )
@@ -139,13 +139,13 @@ def test_dense_layers_fold(case, x64):
 
 @pytest.mark.parametrize("sampler", ["lattice", "BS"])
 def test_parameters_may_be_narrower_than_what_is_computed(sampler, x64):
-    x = cases.inputs((ROWS, 13, INPUTS), "float64")
+    x = cases.inputs((IMAGES, 13, INPUTS), "float64")
     kernel = cases.inputs((3, INPUTS, OUTPUTS), "float32", seed=1)
     scale, bias = cases.inputs((2, OUTPUTS), "float32", seed=2)
     arguments = {"x": x, "kernel": kernel, "scale": scale, "bias": bias}
     options = {"sampler": cases.SAMPLERS[sampler], "key": KEY}
     cotangents = (
-        cases.inputs((ROWS, 13, OUTPUTS), "float64", seed=4),
+        cases.inputs((IMAGES, 13, OUTPUTS), "float64", seed=4),
         sbn.Statistics(*cases.inputs((2, OUTPUTS), "float64", seed=5)),
     )
     (*value, grads), (*expected, plain) = (
@@ -175,7 +175,7 @@ FLOATS = ["float16", "bfloat16", "float32", "float64"]
     ids=name,
 )
 def test_arguments_of_all_dtypes_meet(case, x64):
-    x = jnp.zeros((ROWS, 13, INPUTS), case["x"])
+    x = jnp.zeros((IMAGES, 13, INPUTS), case["x"])
     kernel = jnp.zeros((3, INPUTS, OUTPUTS), case["kernel"])
     scale, bias = jnp.zeros((2, OUTPUTS), case["scale"])
     options = {"dtype": case["dtype"], "sampler": cases.SAMPLERS[case["sampler"]]}
@@ -192,7 +192,7 @@ def test_arguments_of_all_dtypes_meet(case, x64):
 
 
 @pytest.mark.parametrize("batch", [(), (2, 6), (3, 1, 4)], ids=str)
-def test_batch_axes_are_taken_together_as_rows(batch, x64):
+def test_batch_axes_are_taken_together_as_images(batch, x64):
     sampler = cases.SAMPLERS["FS" if batch == () else "BS+VDN"]
     x = cases.inputs((*batch, 9, 8, INPUTS), "float64")
     kernel = cases.inputs((3, 3, INPUTS, OUTPUTS), "float64", seed=1)
@@ -215,7 +215,7 @@ def test_batch_axes_are_taken_together_as_rows(batch, x64):
 @pytest.mark.parametrize("name", ["conv", "dense"])
 def test_given_statistics_are_folded_and_nothing_is_measured(name, x64):
     spatial = {"conv": (9, 8), "dense": ()}[name]
-    x = cases.inputs((ROWS, *spatial, INPUTS), "float64")
+    x = cases.inputs((IMAGES, *spatial, INPUTS), "float64")
     kernel = cases.inputs((*[3] * len(spatial), INPUTS, OUTPUTS), "float64", seed=1)
     mean, scale, bias = cases.inputs((3, OUTPUTS), "float64", seed=2)
     statistics = sbn.Statistics(mean, scale**2)
@@ -229,9 +229,9 @@ def test_given_statistics_are_folded_and_nothing_is_measured(name, x64):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
 def test_without_a_sampler_batch_norm_follows(masked, fast):
-    x = cases.inputs((ROWS, 9, 8, INPUTS))
+    x = cases.inputs((IMAGES, 9, 8, INPUTS))
     kernel = cases.inputs((3, 3, INPUTS, OUTPUTS), seed=1)
-    mask = np.random.default_rng(3).random((ROWS, 9, 8, 1)) < 0.7 if masked else None
+    mask = np.random.default_rng(3).random((IMAGES, 9, 8, 1)) < 0.7 if masked else None
     actual = sbn.conv_norm(x, kernel, mask=mask, use_fast_variance=fast)
     expected = sbn.batch_norm(
         unfolded.conv(x, kernel), mask=mask, use_fast_variance=fast
@@ -244,7 +244,7 @@ given = unfolded.quick_jit(sbn.conv_norm)
 
 @pytest.mark.parametrize("name", cases.SAMPLERS)
 def test_a_sample_that_is_masked_out_is_normalized_with_the_running_statistics(name):
-    x = cases.inputs((ROWS, 9, 8, INPUTS))
+    x = cases.inputs((IMAGES, 9, 8, INPUTS))
     kernel = cases.inputs((3, 3, INPUTS, OUTPUTS), seed=1)
     running = sbn.Statistics(*cases.inputs((2, OUTPUTS), seed=2) ** 2)
     fold = functools.partial(sbn.conv_norm, sampler=cases.SAMPLERS[name], mask=False)
@@ -255,9 +255,9 @@ def test_a_sample_that_is_masked_out_is_normalized_with_the_running_statistics(n
 
 @pytest.mark.parametrize("name", ["BS", "FS", "BS+VDN", "lattice"])
 def test_statistics_are_pooled_over_a_named_axis(name, x64):
-    x = cases.inputs((2, ROWS, 9, 8, INPUTS), "float64")
+    x = cases.inputs((2, IMAGES, 9, 8, INPUTS), "float64")
     kernel = cases.inputs((3, 3, INPUTS, OUTPUTS), "float64", seed=1)
-    g = cases.inputs((2, ROWS, 5, 4, OUTPUTS), "float64", seed=2)
+    g = cases.inputs((2, IMAGES, 5, 4, OUTPUTS), "float64", seed=2)
 
     def run(function):
         def loss(kernel, x, g):
@@ -306,10 +306,10 @@ def test_the_output_is_computed_by_one_convolution_with_a_bias(name):
     if name == "evaluation":
         ones = jnp.ones(OUTPUTS)
         options = {"statistics": sbn.Statistics(ones, ones)}
-    x, kernel = jnp.ones((ROWS, 9, 8, INPUTS)), jnp.ones((3, 3, INPUTS, OUTPUTS))
+    x, kernel = jnp.ones((IMAGES, 9, 8, INPUTS)), jnp.ones((3, 3, INPUTS, OUTPUTS))
     found = written(
         lambda *args: sbn.conv_norm(*args, **options)[0],
-        (ROWS, 9, 8, OUTPUTS),
+        (IMAGES, 9, 8, OUTPUTS),
         x,
         kernel,
     )

@@ -10,7 +10,7 @@ from tests.teaching import message_while_tracing
 
 KEY = jax.random.key(0)
 BS, NS, FS = sbn.BatchSampling(2), sbn.NaiveSampling(2), sbn.FeatureSampling(0.5)
-ROWS, MAPS = (8, 3), (8, 5, 4, 3)
+VECTORS, MAPS = (8, 3), (8, 5, 4, 3)
 RESIDUAL = jnp.ones((8, 3, 2, 6))
 MOMENTS = sbn.Statistics(jnp.ones(3), jnp.ones(6))
 
@@ -58,7 +58,7 @@ ERRORS = {
     # samplers
     "sampler": (MAPS, conv(sampler=4), TypeError, "sampler=4", "BatchSampling(8)"),
     "dense-sampler": (
-        ROWS,
+        VECTORS,
         dense(sampler=sbn.NaiveSampling),
         TypeError,
         "NaiveSampling'>",
@@ -73,7 +73,7 @@ ERRORS = {
         "sampler=None",
     ),
     "nnx-sampler": (MAPS, nnx_conv(sampler=4), TypeError, "sampler=4", "sampler=None"),
-    "rows": (
+    "images": (
         MAPS,
         conv(sampler=sbn.NaiveSampling(9)),
         ValueError,
@@ -88,7 +88,7 @@ ERRORS = {
         "divide both",
     ),
     "one-value": (
-        ROWS,
+        VECTORS,
         dense(sampler=sbn.NaiveSampling(1)),
         ValueError,
         "got 1 from",
@@ -101,15 +101,15 @@ ERRORS = {
         "shape=(8, 0, 0)",
         "no empty axis",
     ),
-    "patch-of-rows": (
-        ROWS,
+    "patch-of-images": (
+        VECTORS,
         dense(sampler=FS, key=KEY),
         ValueError,
         "shape=(8,)",
         "BatchSampling",
     ),
-    "linen-patch-of-rows": (
-        ROWS,
+    "linen-patch-of-images": (
+        VECTORS,
         linen_dense(sampler=FS),
         ValueError,
         "shape=(8,)",
@@ -117,7 +117,7 @@ ERRORS = {
     ),
     **{
         f"key-{name}": (shape, make(sampler=BS), ValueError, "key=None", "each step")
-        for name, shape, make in [("conv", MAPS, conv), ("dense", ROWS, dense)]
+        for name, shape, make in [("conv", MAPS, conv), ("dense", VECTORS, dense)]
     },
     # residuals, masks, parameters
     **{
@@ -138,7 +138,7 @@ ERRORS = {
             "nnx-all": nnx_conv(RESIDUAL, sampler=None),
         }.items()
     },
-    "residual-row": (
+    "residual-image": (
         MAPS,
         conv(residual=jnp.ones((1, 5, 4, 6))),
         ValueError,
@@ -164,17 +164,17 @@ ERRORS = {
             ("fold-var", fold(num_var=3), "(6,), got var of shape (3,)"),
         ]
     },
-    "dense-bias": (ROWS, dense(bias=jnp.ones(3)), ValueError, "(3,)", "last axis"),
+    "dense-bias": (VECTORS, dense(bias=jnp.ones(3)), ValueError, "(3,)", "last axis"),
     # ranks and geometry
     **{
         f"rank-{name}": (shape, call, ValueError, given, "dense_norm")
         for name, shape, call, given in [
             ("kernel", MAPS, conv(window=()), "kernel of shape (3, 6)"),
-            ("input", ROWS, conv(), "input of shape (8, 3)"),
+            ("input", VECTORS, conv(), "input of shape (8, 3)"),
             ("rowless", (5, 4, 3), conv(window=(3, 3, 3)), "(3, 3, 3, 3, 6)"),
         ]
     },
-    "rank-dense": (ROWS, dense((3, 3, 6)), ValueError, "(3, 3, 6)", "kernel (I, C)"),
+    "rank-dense": (VECTORS, dense((3, 3, 6)), ValueError, "(3, 3, 6)", "kernel (I, C)"),
     "rank-dense-input": ((3,), dense(), ValueError, "input of shape (3,)", "(I, C)"),
     "causal": (
         MAPS,

@@ -40,7 +40,7 @@ def test_gradients_are_those_of_the_formula(name, masked, x64):
 
 
 @pytest.mark.parametrize("name", ["VDN", "VDN-strata"])
-def test_real_rows_are_only_scaled_back_where_virtual_rows_are_measured(name):
+def test_real_images_are_only_scaled_back_where_virtual_images_are_measured(name):
     x, g = (cases.inputs(SHAPE, seed=i) for i in range(2))
     scale, bias = cases.inputs((2, 2), seed=2)
     dx, _, _ = gradients(x, g, scale, bias, SAMPLERS[name])

@@ -53,7 +53,7 @@ def test_the_layer_is_the_function_with_a_key_of_the_stream(name):
 
 
 @pytest.mark.parametrize("name", cases.SAMPLERS)
-def test_init_takes_one_row_and_no_stream_and_leaves_the_statistics(name):
+def test_init_takes_one_image_and_no_stream_and_leaves_the_statistics(name):
     variables = layer_of(cases.SAMPLERS[name]).init(KEY, jnp.ones((1, *SHAPE[1:])))
     expected = {
         "params": {"scale": jnp.ones(3), "bias": jnp.zeros(3)},
@@ -106,10 +106,10 @@ def test_evaluation_is_flax_and_needs_no_stream(name):
     layer = BatchNorm(sampler=cases.SAMPLERS[name])
     variables = layer.init(KEY, X, use_running_average=False)
     variables["batch_stats"] = {"mean": X[0, 0, 0], "var": X[1, 0, 0] ** 2}
-    one_row = X[:1]
+    one_image = X[:1]
     chex.assert_trees_all_equal(
-        layer.apply(variables, one_row, use_running_average=True),
-        nn.BatchNorm().apply(variables, one_row, use_running_average=True),
+        layer.apply(variables, one_image, use_running_average=True),
+        nn.BatchNorm().apply(variables, one_image, use_running_average=True),
     )
 
 
@@ -210,7 +210,7 @@ def test_layers_with_equal_samplers_are_equal():
 
 
 class Net(nn.Module):
-    """A small network, trained with virtual rows."""
+    """A small network, trained with virtual images."""
 
     sampler: sbn.Sampler
 
@@ -223,7 +223,7 @@ class Net(nn.Module):
         return nn.Dense(2)(x.mean((1, 2)))
 
 
-def test_a_network_trains_with_virtual_rows_in_three_lines():
+def test_a_network_trains_with_virtual_images_in_three_lines():
     net = Net(sbn.VirtualSampling(4))
     variables = net.init(KEY, X[:1], train=False)
     virtual = sbn.virtual_samples(KEY, 4, SHAPE[1:])

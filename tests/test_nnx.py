@@ -277,7 +277,7 @@ def test_scan_over_layers_draws_another_place_in_each():
 
 
 class Net(nnx.Module):
-    """A small network, trained with virtual rows."""
+    """A small network, trained with virtual images."""
 
     def __init__(self, sampler, rngs):
         self.conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
@@ -288,7 +288,7 @@ class Net(nnx.Module):
         return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
 
 
-def test_a_network_trains_with_virtual_rows_in_three_lines():
+def test_a_network_trains_with_virtual_images_in_three_lines():
     net = Net(sbn.VirtualSampling(4), nnx.Rngs(0))
     virtual = sbn.virtual_samples(KEY, 4, SHAPE[1:])
     logits = net(sbn.append_virtual(X, virtual))

@@ -61,20 +61,20 @@ def test_images_that_devices_cannot_share_are_left_out() -> None:
     assert sum(int((labels >= 0).sum()) for _, labels in data.test) == data.num_test
 
 
-def test_a_step_with_rows_of_each_device_sums_once() -> None:
+def test_a_step_with_images_of_each_device_sums_once() -> None:
     # Gradients, statistics and totals together.
     trainer = trainer_of("bs:4", 8, norm_batch_size=8)
     assert all_reduces(trainer) == 1
     assert all_reduces(trainer_of("bn", 8)) > 2
 
 
-@pytest.mark.parametrize("rows", [8, 4, 16])
-def test_rows_are_normalized_alike_on_one_device_and_many(rows) -> None:
-    """The same groups of rows, on devices of their own or side by side on one."""
+@pytest.mark.parametrize("images", [8, 4, 16])
+def test_images_are_normalized_alike_on_one_device_and_many(images) -> None:
+    """The same groups of images, on devices of their own or side by side on one."""
     images, key = np.asarray(DIGITS.train_images[:64]), jax.random.key(0)
     forwards = []
     for devices in (1, 8):
-        trainer = trainer_of("bs:4+vdn:2", devices, norm_batch_size=rows)
+        trainer = trainer_of("bs:4+vdn:2", devices, norm_batch_size=images)
         variables = trainer.init(0).model.variables
         forward = jax.jit(trainer.learner.forward)(variables, images, key, key)
         forwards.append(jax.tree.leaves(forward))
@@ -91,8 +91,8 @@ def test_micro_batches_follow_each_other_and_their_gradients_are_averaged() -> N
     each = jax.jit(learner._gradients)
     variables, sums = model.variables, None
     for number, one in enumerate(jax.random.split(key, 4)):
-        rows = slice(number, None, 4)
-        variables, *more = each(variables, images[rows], labels[rows], one, one)
+        part = slice(number, None, 4)
+        variables, *more = each(variables, images[part], labels[part], one, one)
         sums = more if sums is None else jax.tree.map(np.add, sums, more)
     totals, gradients = sums
     expected = variables, totals, jax.tree.map(lambda g: g / 4, gradients)
@@ -101,7 +101,7 @@ def test_micro_batches_follow_each_other_and_their_gradients_are_averaged() -> N
 
 
 def test_micro_batches_without_a_norm_change_nothing_but_rounding() -> None:
-    """On eight devices, each of which has rows of every micro-batch."""
+    """On eight devices, each of which has images of every micro-batch."""
     images, labels = DIGITS.train_images[:64], DIGITS.train_labels[:64]
     updated = []
     for devices, accumulate in ((1, 1), (8, 4)):

@@ -253,7 +253,7 @@ def test_normalizers_have_a_page_of_their_own(folder) -> None:
     assert run(folder, "--check") == 0
 
 
-def test_a_study_by_rows_is_a_table_of_rows() -> None:
+def test_a_study_by_images_is_a_table_of_images() -> None:
     grids = [{"norm": "bn"}, {"norm": ["bn", "gn"], "norm_batch_size": [2, 8]}]
     experiments = grid.experiments({"grids": grids})
     records = {

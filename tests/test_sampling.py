@@ -103,14 +103,14 @@ def test_another_key_looks_elsewhere_and_the_same_key_looks_there_again(name):
     assert (different > 1) == sampler.needs_key
 
 
-def test_naive_sampling_takes_the_last_rows():
+def test_naive_sampling_takes_the_last_images():
     (where,), _ = samples.measured(sbn.NaiveSampling(3), (8, 2))
     assert where[:, 0].tolist() == [False] * 5 + [True] * 3
     assert where[:, 1].tolist() == where[:, 0].tolist()
 
 
 @pytest.mark.parametrize("strata", [1, 2, 4])
-def test_virtual_sampling_takes_the_last_rows_of_each_stratum(strata):
+def test_virtual_sampling_takes_the_last_images_of_each_stratum(strata):
     (where,), _ = samples.measured(sbn.VirtualSampling(4, strata), (16,))
     virtual = 4 // strata
     run = [False] * (16 // strata - virtual) + [True] * virtual
@@ -120,14 +120,14 @@ def test_virtual_sampling_takes_the_last_rows_of_each_stratum(strata):
 @pytest.mark.parametrize("strata", [1, 2, 4])
 def test_batch_sampling_takes_one_run_at_the_same_offset_of_each_stratum(strata):
     for sample in draw(sbn.BatchSampling(4, strata), (16,), 50)[0]:
-        rows = np.asarray(sample).reshape(strata, -1)
-        offset = rows - 16 // strata * np.arange(strata)[:, None]
-        assert (offset == rows[0, 0] + np.arange(4 // strata)).all()
+        images = np.asarray(sample).reshape(strata, -1)
+        offset = images - 16 // strata * np.arange(strata)[:, None]
+        assert (offset == images[0, 0] + np.arange(4 // strata)).all()
         assert offset.max() < 16 // strata
 
 
 @pytest.mark.parametrize("name", ["FS+VDN", "BS+VDN", "lattice+VDN"])
-def test_mixed_sampling_shows_the_real_rows_alone_to_the_real_sampler(name):
+def test_mixed_sampling_shows_the_real_images_alone_to_the_real_sampler(name):
     sampler, extent = cases.SAMPLERS[name], cases.SHAPES[4][:-1]
     virtual, real = draw(sampler, extent, 100)
     (expected,) = draw(sampler.virtual, extent, 1)
@@ -154,7 +154,7 @@ def test_mixed_sampling_shows_the_real_rows_alone_to_the_real_sampler(name):
         (FS(1 / 64, min_values=32, groups=1), (2, 8, 8), (2, 4, 4)),
         (FS(1 / 64, min_values=32, groups=1), (64, 8, 8), (64, 1, 1)),
         (FS(1 / 64, min_values=1000, groups=1), (2, 8, 8), (2, 8, 8)),
-        # groups: the largest divisor of the rows, at most one a row
+        # groups: the largest divisor of the images, at most one an image
         (FS(1 / 4), (16, 8, 8), (1, 4, 4)),
         (FS(1 / 4, groups=8), (16, 8, 8), (2, 4, 4)),
         (FS(1 / 4, groups=8), (12, 8, 8), (2, 4, 4)),
@@ -174,13 +174,13 @@ def test_feature_sampling_takes_patches_of_these_sizes(sampler, extent, block):
 
 @pytest.mark.parametrize("fraction", [0.9, 1 / 2, 1 / 3, 1 / 10, 1 / 64])
 @pytest.mark.parametrize("extent", [(7,), (31,), (8, 8), (5, 9), (56, 3), (3, 4, 5)])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("images", [1, 8])
 def test_patches_are_at_least_as_large_as_asked_and_not_much_larger(
-    fraction, extent, rows
+    fraction, extent, images
 ):
     sampler, space = sbn.FeatureSampling(fraction, min_values=16), math.prod(extent)
-    asked = min(1.0, max(fraction, 16 / (rows * space)))
-    (part,) = sampled_parts(sampler, (rows, *extent), KEY)
+    asked = min(1.0, max(fraction, 16 / (images * space)))
+    (part,) = sampled_parts(sampler, (images, *extent), KEY)
     sides = part.windows[0].sizes[1:]
     assert math.prod(sides) >= asked * space - 1e-6
     # One less on any axis, in a patch of about the map's proportions, is too little.
@@ -235,14 +235,14 @@ def mean_variance(mean_of_key, num=4000):
 
 
 @pytest.mark.parametrize("num_samples", [2, 4, 8, 16])
-def test_rows_without_replacement_have_the_textbook_variance(num_samples):
+def test_images_without_replacement_have_the_textbook_variance(num_samples):
     values = jnp.asarray(np.random.default_rng(0).gamma(2.0, size=32), jnp.float32)
 
     def mean(key):
         order, place = jax.random.split(key)
-        rows = jax.random.permutation(order, values)[:, None]
+        images = jax.random.permutation(order, values)[:, None]
         sampler = sbn.BatchSampling(num_samples)
-        return sbn.batch_statistics(rows, sampler=sampler, key=place).mean[0]
+        return sbn.batch_statistics(images, sampler=sampler, key=place).mean[0]
 
     variance, error = mean_variance(mean)
     expected = values.var(ddof=1) / num_samples * (1 - num_samples / 32)
@@ -288,15 +288,17 @@ def test_groups_spread_so_that_the_noise_of_the_place_averages_out(groups, most)
     assert variance < most * tiles.var() + 4 * error
 
 
-@pytest.mark.parametrize("rows", [6, 24])
+@pytest.mark.parametrize("images", [6, 24])
 @pytest.mark.parametrize("num_copies", [1, 2, 3])
-def test_copy_sampling_takes_one_row_of_every_run_in_its_whole_extent(num_copies, rows):
-    (positions,) = draw(sbn.CopySampling(num_copies), (rows, 5), 200)
-    chosen = np.asarray(positions).reshape(200, rows // num_copies, 5)
+def test_copy_sampling_takes_one_image_of_every_run_in_its_whole_extent(
+    num_copies, images
+):
+    (positions,) = draw(sbn.CopySampling(num_copies), (images, 5), 200)
+    chosen = np.asarray(positions).reshape(200, images // num_copies, 5)
     assert (chosen % 5 == np.arange(5)).all()
     chosen = chosen[..., 0] // 5
-    assert (chosen // num_copies == np.arange(rows // num_copies)).all()
-    assert set(np.unique(chosen)) == set(range(rows))
+    assert (chosen // num_copies == np.arange(images // num_copies)).all()
+    assert set(np.unique(chosen)) == set(range(images))
 
 
 def test_copies_are_drawn_independently_of_each_other():
@@ -311,19 +313,21 @@ def test_copies_are_drawn_independently_of_each_other():
 
 def test_one_of_each_run_has_the_textbook_variance():
     x = np.random.default_rng(0).gamma(2.0, size=(8, 4))
-    rows = jnp.asarray(x.reshape(32, 1), jnp.float32)
+    images = jnp.asarray(x.reshape(32, 1), jnp.float32)
 
     def mean(key):
-        return sbn.batch_statistics(rows, sampler=sbn.CopySampling(4), key=key).mean[0]
+        return sbn.batch_statistics(images, sampler=sbn.CopySampling(4), key=key).mean[
+            0
+        ]
 
     variance, error = mean_variance(mean)
     assert abs(variance - x.var(axis=1).sum() / 8**2) < 4 * error
 
 
-def test_copy_sampling_sees_real_rows_alone_where_virtual_ones_follow():
+def test_copy_sampling_sees_real_images_alone_where_virtual_ones_follow():
     sampler = sbn.MixedSampling(sbn.CopySampling(3), sbn.VirtualSampling(4, strata=2))
-    virtual, real = draw(sampler, (28,), 20)  # 12 real rows in each stratum
-    assert {row % 14 for row in np.unique(virtual)} == {12, 13}
+    virtual, real = draw(sampler, (28,), 20)  # 12 real images in each stratum
+    assert {image % 14 for image in np.unique(virtual)} == {12, 13}
     real = np.sort(np.asarray(real), axis=1)
     order = np.delete(np.arange(28), np.unique(virtual))
     assert (np.searchsorted(order, real) // 3 == np.arange(8)).all()

@@ -134,7 +134,7 @@ def test_a_step_moves_nothing_between_host_and_device() -> None:
 
 
 @pytest.mark.parametrize("api", list(NETWORKS))
-def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
+def test_images_are_normalized_as_on_devices_of_their_own(api) -> None:
     options = {"batch_size": 32, "norm_batch_size": 16}
     trainer = small_trainer("bn", model="mlp", api=api, **options)
     state, images = trainer.init(0), trainer.data.images[:32]
@@ -153,7 +153,7 @@ def test_rows_are_normalized_as_on_devices_of_their_own(api) -> None:
 
 
 @pytest.mark.parametrize("api", list(NETWORKS))
-def test_groups_of_rows_train_with_virtual_rows_of_their_own(api) -> None:
+def test_groups_of_images_train_with_virtual_images_of_their_own(api) -> None:
     trainer = small_trainer("bs:4+vdn:2", api=api, model="mlp", norm_batch_size=8)
     assert trainer.learner.measured == pytest.approx(6 / 10)
     *_, last = trainer.train(seed=0)
@@ -194,7 +194,7 @@ def test_models_and_data_sets_that_do_not_fit_are_refused(
         Trainer(settings, methods.parse_method("bn"), made_of_digits(dataset))
 
 
-def test_a_batch_has_whole_groups_of_rows() -> None:
+def test_a_batch_has_whole_groups_of_images() -> None:
     with pytest.raises(ValueError, match="batch_size=128 and norm_batch_size=48"):
         small_trainer("bn", norm_batch_size=48)
 
@@ -416,7 +416,7 @@ def test_many_steps_in_one_dispatch_are_the_same_steps(name) -> None:
 
 
 @pytest.mark.parametrize("fresh", [True, False])
-def test_virtual_rows_are_drawn_anew_or_stay_the_same(fresh) -> None:
+def test_virtual_images_are_drawn_anew_or_stay_the_same(fresh) -> None:
     options = {"norm_batch_size": 32, "fresh_virtual": fresh}
     trainer = small_trainer("vdn:4", model="mlp", **options)
     state, images = trainer.init(0), trainer.data.images[:32]

@@ -1,4 +1,4 @@
-"""Virtual rows: their distribution and dtype, where they go, and their gradients."""
+"""Virtual images: their distribution and dtype, where they go, and their gradients."""
 
 import chex
 import jax
@@ -13,21 +13,21 @@ KEY = jax.random.key(0)
 
 
 @pytest.mark.parametrize("strata", [1, 2, 4])
-@pytest.mark.parametrize("row", [(), (3,), (4, 2, 3)])
-def test_dropping_undoes_appending(row, strata):
-    x, virtual = cases.inputs((12, *row)), cases.inputs((8, *row), seed=1)
+@pytest.mark.parametrize("image", [(), (3,), (4, 2, 3)])
+def test_dropping_undoes_appending(image, strata):
+    x, virtual = cases.inputs((12, *image)), cases.inputs((8, *image), seed=1)
     both = sbn.append_virtual(x, virtual, strata)
     chex.assert_trees_all_equal(sbn.drop_virtual(both, 8, strata), x)
 
 
 @pytest.mark.parametrize("strata", [1, 2, 4])
-def test_virtual_rows_end_each_stratum_where_virtual_sampling_looks(strata):
+def test_virtual_images_end_each_stratum_where_virtual_sampling_looks(strata):
     both = sbn.append_virtual(jnp.zeros((12, 2)), jnp.ones((8, 2)), strata)
     (where,), _ = samples.measured(sbn.VirtualSampling(8, strata), (20,))
     chex.assert_trees_all_equal(np.asarray(both[:, 0] == 1), where)
 
 
-def test_rows_keep_their_order_in_strata():
+def test_images_keep_their_order_in_strata():
     both = sbn.append_virtual(jnp.arange(6), -jnp.arange(1, 5), 2)
     assert both.tolist() == [0, 1, 2, -1, -2, 3, 4, 5, -3, -4]
 
@@ -38,7 +38,7 @@ def test_dropping_nothing_changes_nothing():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_virtual_rows_take_the_dtype_of_the_batch(dtype):
+def test_virtual_images_take_the_dtype_of_the_batch(dtype):
     both = sbn.append_virtual(cases.inputs((4, 3), dtype), jnp.ones((2, 3)))
     assert both.dtype == dtype
 
@@ -67,7 +67,7 @@ def test_the_same_key_gives_the_same_virtual_data_set_and_another_another():
 
 
 @pytest.mark.parametrize("strata", [1, 2])
-def test_gradients_pass_to_real_and_virtual_rows(strata):
+def test_gradients_pass_to_real_and_virtual_images(strata):
     x, virtual = cases.inputs((4, 3)), cases.inputs((2, 3), seed=1)
     g = cases.inputs((6, 3), seed=2)
 

@@ -22,25 +22,25 @@ def array(*values):
 
 # Extent of the measured axes, and windows in it, one after the other.
 WINDOWS = {
-    "rows": ((12,), [Windows(1, (8,), (4,))]),
-    "rows-at-random": ((12,), [Windows(1, (jnp.int32(3),), (4,))]),
-    "rows-of-strata": ((12, 2), [Windows(3, (1, 0), (2, 2))]),
-    "rows-of-strata-at-random": ((12, 2), [Windows(3, (jnp.int32(2), 0), (2, 2))]),
-    "rows-by-stratum": ((12, 2), [Windows(3, (array(0, 2, 1), 0), (2, 2))]),
+    "images": ((12,), [Windows(1, (8,), (4,))]),
+    "images-at-random": ((12,), [Windows(1, (jnp.int32(3),), (4,))]),
+    "images-of-strata": ((12, 2), [Windows(3, (1, 0), (2, 2))]),
+    "images-of-strata-at-random": ((12, 2), [Windows(3, (jnp.int32(2), 0), (2, 2))]),
+    "images-by-stratum": ((12, 2), [Windows(3, (array(0, 2, 1), 0), (2, 2))]),
     "patch": ((6, 5, 4), [Windows(1, (0, jnp.int32(2), 1), (6, 3, 2))]),
     "patches": ((6, 5, 4), [Windows(2, (0, array(2, 0), array(1, 2)), (3, 3, 2))]),
-    "patch-by-row": ((3, 5), [Windows(3, (0, array(4, 0, 2)), (1, 1))]),
+    "patch-by-image": ((3, 5), [Windows(3, (0, array(4, 0, 2)), (1, 1))]),
     "many-patches": ((40, 3), [Windows(20, (0, array(*[0, 1] * 10)), (2, 2))]),
     "volumes": ((4, 2, 3, 4), [Windows(2, (0, 1, array(1, 0), 0), (2, 1, 2, 4))]),
-    "patches-in-rows": (
+    "patches-in-images": (
         (8, 6),
         [Windows(1, (0, 0), (6, 6)), Windows(3, (0, array(4, 0, 2)), (2, 2))],
     ),
-    "patches-in-rows-of-strata": (
+    "patches-in-images-of-strata": (
         (8, 6),
         [Windows(2, (0, 0), (3, 6)), Windows(3, (0, array(4, 0, 2)), (2, 2))],
     ),
-    "rows-in-rows-of-strata": (
+    "images-in-images-of-strata": (
         (8, 2),
         [Windows(2, (1, 0), (3, 2)), Windows(2, (jnp.int32(1), 0), (2, 2))],
     ),
@@ -121,7 +121,7 @@ def test_gradients_go_to_the_positions_taken(name):
     )
 
 
-@pytest.mark.parametrize("name", [name for name in WINDOWS if "in-rows" not in name])
+@pytest.mark.parametrize("name", [name for name in WINDOWS if "in-images" not in name])
 def test_what_is_below_is_what_is_taken(name):
     extent, part = part_of(name)
     (windows,) = part.windows
@@ -142,16 +142,16 @@ OUTSIDE = {
     "low": (2, (0, array(-2, 0), array(-1, 2))),
     "high": (2, (0, array(4, 2), array(1, 3))),
     "both": (3, (0, array(-1, 5, 0), array(3, -1, 7))),
-    "rows": (3, (array(1, -1, 0), 0, array(0, -1, 2))),
+    "images": (3, (array(1, -1, 0), 0, array(0, -1, 2))),
 }
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_windows_that_stick_out_read_zeros(name):
     runs, starts = OUTSIDE[name]
-    windows = Windows(runs, starts, (2, 5, 2) if name == "rows" else (2, 3, 2))
+    windows = Windows(runs, starts, (2, 5, 2) if name == "images" else (2, 3, 2))
     x = np.arange(6 * 5 * 4 * 2.0, dtype=np.float32).reshape(6, 5, 4, 2)
-    # The same among zeros, which stay in each run of rows.
+    # The same among zeros, which stay in each run of images.
     padded = np.pad(x.reshape(runs, -1, 5, 4, 2), [(0, 0), *[(9, 9)] * 3, (0, 0)])
     inside = Windows(runs, tuple(start + 9 for start in starts), windows.sizes)
     expected = samples.take(inside, padded.reshape(-1, *padded.shape[2:]))
@@ -200,7 +200,7 @@ def test_a_part_without_windows_is_everything():
 @pytest.mark.parametrize("x64", [False, True])
 def test_windows_take_under_float64_as_well(x64):
     with jax.enable_x64(x64):
-        for name in ("rows-at-random", "patch", "patches"):
+        for name in ("images-at-random", "patch", "patches"):
             extent, part = part_of(name)
             x = jnp.arange(math.prod(extent), dtype=float).reshape(extent)
             taken = part.take(x, range(len(extent)))

@@ -323,13 +323,13 @@ class FakeInput:
 
     def train(self, begin: int) -> Iterator[Batch]:
         """Returns the batch, without end."""
-        rows = self.batch_size // jax.process_count()
+        images = self.batch_size // jax.process_count()
         rng = np.random.default_rng(0)
         return itertools.repeat(
             {
-                "image": rng.integers(256, size=(rows, *self.shape), dtype=np.uint8),
-                "label": rng.integers(self.num_classes, size=rows, dtype=np.int32),
-                "skipped": np.zeros(rows, np.int32),
+                "image": rng.integers(256, size=(images, *self.shape), dtype=np.uint8),
+                "label": rng.integers(self.num_classes, size=images, dtype=np.int32),
+                "skipped": np.zeros(images, np.int32),
             }
         )
 

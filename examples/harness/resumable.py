@@ -200,9 +200,9 @@ class Training:
 
     def _on_devices(self, batch: Batch) -> list[jax.Array]:
         """Returns this process's part of a batch as part of an array over all."""
-        rows = processes.by_example(self.mesh)
+        split = processes.by_example(self.mesh)
         return [
-            jax.make_array_from_process_local_data(rows, array)
+            jax.make_array_from_process_local_data(split, array)
             for array in batch.values()
         ]
 

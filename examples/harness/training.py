@@ -46,7 +46,7 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
     Training images that would not be the same number for each of them are left out.
     """
     mesh = make_mesh(1) if mesh is None else mesh
-    count, rows = mesh.size, by_example(mesh)
+    count, split = mesh.size, by_example(mesh)
     train = len(dataset.train_images) // count * count
     pixels = dataset.train_images.reshape(-1, dataset.train_images.shape[-1])
     size = min(_EVAL_BATCH, len(dataset.test_images))
@@ -57,9 +57,9 @@ def to_device(dataset: Dataset, mesh: Mesh | None = None) -> DeviceData:
     parts = len(images) // size
     batches = zip(np.split(images, parts), np.split(labels, parts), strict=True)
     return DeviceData(
-        put(dataset.train_images[:train], rows),
-        put(dataset.train_labels[:train], rows),
-        [(put(some, rows), put(their, rows)) for some, their in batches],
+        put(dataset.train_images[:train], split),
+        put(dataset.train_labels[:train], split),
+        [(put(some, split), put(their, split)) for some, their in batches],
         len(dataset.test_images),
         Task(
             dataset.train_images.shape[1:],
@@ -287,8 +287,10 @@ class Trainer:
     def _pick(self, state: State, array: jax.Array) -> jax.Array:
         """Returns a batch: of each device's images, those whose turn it is."""
         devices, batch_size = self.data.mesh.size, self.settings.batch_size
-        rows = batch_size // devices
-        turns = jax.lax.dynamic_slice_in_dim(state.order, state.step * rows, rows, 1)
+        images = batch_size // devices
+        turns = jax.lax.dynamic_slice_in_dim(
+            state.order, state.step * images, images, 1
+        )
         parts = array.reshape(devices, -1, *array.shape[1:])
         picked = jax.vmap(lambda part, turn: part[turn])(parts, turns)
         return picked.reshape(batch_size, *array.shape[1:])

@@ -252,14 +252,14 @@ def grads_tree(window=()):
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.8])
-@pytest.mark.parametrize("rows", [(1, 1, 1, 1), (8, 8, 8), (8, 3, 16, 1)], ids=str)
-def test_running_statistics_are_those_of_all_rows_so_far(rows, decay):
+@pytest.mark.parametrize("images", [(1, 1, 1, 1), (8, 8, 8), (8, 3, 16, 1)], ids=str)
+def test_running_statistics_are_those_of_all_images_so_far(images, decay):
     tx = batch_norm_preconditioning(decay)
     grads = grads_tree()
     update = jax.jit(tx.update)
     state = tx.init(grads)
     batches = []
-    for i, n in enumerate(rows):
+    for i, n in enumerate(images):
         batches.append(30 + np.asarray(cases.inputs((n, 5), seed=i)) * (i + 1))
         inputs = tree(jax.jit(input_statistics)(batches[-1]))
         updates, state = update(grads, state, inputs=inputs)
@@ -311,17 +311,17 @@ def test_gradients_without_statistics_pass():
 
 
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("rows", [1, 8])
-def test_constant_inputs_and_no_gradient_stay_finite(rows, has_bias):
+@pytest.mark.parametrize("images", [1, 8])
+def test_constant_inputs_and_no_gradient_stay_finite(images, has_bias):
     model = nn.Dense(4, use_bias=has_bias)
-    params = initial(model, jnp.zeros((rows, 5)))["params"]
+    params = initial(model, jnp.zeros((images, 5)))["params"]
     tx = batch_norm_preconditioning()
     state = tx.init(params)
 
     @jax.jit
     def step(state, fill, weight):
         def loss(params):
-            x = jnp.full((rows, 5), fill)
+            x = jnp.full((images, 5), fill)
             y, inputs = apply_with_inputs(model, {"params": params}, x)
             return weight * jnp.sin(y).sum(), inputs
 
