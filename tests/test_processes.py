@@ -68,13 +68,13 @@ def test_a_step_with_images_of_each_device_sums_once() -> None:
     assert all_reduces(trainer_of("bn", 8)) > 2
 
 
-@pytest.mark.parametrize("images", [8, 4, 16])
-def test_images_are_normalized_alike_on_one_device_and_many(images) -> None:
+@pytest.mark.parametrize("together", [8, 4, 16])
+def test_images_are_normalized_alike_on_one_device_and_many(together) -> None:
     """The same groups of images, on devices of their own or side by side on one."""
     images, key = np.asarray(DIGITS.train_images[:64]), jax.random.key(0)
     forwards = []
     for devices in (1, 8):
-        trainer = trainer_of("bs:4+vdn:2", devices, norm_batch_size=images)
+        trainer = trainer_of("bs:4+vdn:2", devices, norm_batch_size=together)
         variables = trainer.init(0).model.variables
         forward = jax.jit(trainer.learner.forward)(variables, images, key, key)
         forwards.append(jax.tree.leaves(forward))
