@@ -200,8 +200,9 @@ def trained(
         try:
             for future in concurrent.futures.as_completed(futures):
                 yield from future.result()
-        finally:
+        except BaseException:  # as GeneratorExit: what was not begun will not be
             pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _end_with_parent() -> None:

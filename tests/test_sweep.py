@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -204,6 +205,8 @@ def test_two_processes_share_a_sweep(tmp_path):
     path = tmp_path / "results.jsonl"
     args = [*SMALL, "--seed", "0", "1", "--jobs", "2", "--results", str(path)]
     assert sweep.main(args) == 0
+    # A thread of the pool, when Python ends, would write to what is closed by then.
+    assert not [each for each in threading.enumerate() if "Executor" in repr(each)]
     assert {line["experiment"]["seed"] for line in lines(path)} == {0, 1}
 
 
