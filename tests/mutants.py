@@ -251,10 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             concurrent.futures.ThreadPoolExecutor(args.jobs) as pool,
             Progress() as bar,
         ):
-            runs = {pool.submit(run, mutant): mutant for mutant in left}
-            done = concurrent.futures.as_completed(runs)
-            for future in bar.track(done, len(left)):
-                mutant, by = runs[future], future.result()
+            found = bar.track(pool.map(run, left), len(left))
+            for mutant, by in zip(left, found, strict=True):
                 killers[mutant] = by
                 results.append({"experiment": mutant._asdict(), "killer": by})
     survivors = [mutant for mutant in chosen if killers[mutant] is None]

@@ -12,7 +12,7 @@ from tests.teaching import message_while_tracing
 KEY = jax.random.key(0)
 BS, NS, FS = sbn.BatchSampling, sbn.NaiveSampling, sbn.FeatureSampling
 VDN, Mixed, Lattice = sbn.VirtualSampling, sbn.MixedSampling, sbn.LatticeSampling
-VECTORS, MAPS = (8, 3), (8, 4, 4, 3)
+FLAT, MAPS = (8, 3), (8, 4, 4, 3)
 
 
 def measure(sampler, key=KEY, **options):
@@ -49,42 +49,18 @@ def append(shape, strata=1, dtype="float32"):
 # Input shape, call, type, what is given, and the fix.
 ERRORS = {
     # samplers that are none
-    "sampler-number": (VECTORS, measure(8), TypeError, "sampler=8", "BatchSampling(8)"),
-    "sampler-class": (
-        VECTORS,
-        measure(BS),
-        TypeError,
-        "BatchSampling'>",
-        "sampler=None",
-    ),
-    "linen-sampler": (
-        VECTORS,
-        linen(sampler=4),
-        TypeError,
-        "sampler=4",
-        "BatchSampling",
-    ),
-    "nnx-sampler": (
-        VECTORS,
-        nnx_layer(sampler=4),
-        TypeError,
-        "sampler=4",
-        "sampler=None",
-    ),
+    "sampler-number": (FLAT, measure(8), TypeError, "sampler=8", "BatchSampling(8)"),
+    "sampler-class": (FLAT, measure(BS), TypeError, "BatchSampling'>", "sampler=None"),
+    "linen-sampler": (FLAT, linen(sampler=4), TypeError, "sampler=4", "BatchSampling"),
+    "nnx-sampler": (FLAT, nnx_layer(sampler=4), TypeError, "sampler=4", "sampler=None"),
     # samples that do not fit the input
-    "ns-images": (VECTORS, measure(NS(9)), ValueError, "num_samples=9", "smaller"),
-    "bs-images": (VECTORS, measure(BS(64)), ValueError, "batch size 8", "sampler=None"),
-    "vdn-images": (VECTORS, measure(VDN(9)), ValueError, "num_virtual=9", "smaller"),
-    "bs-strata": (VECTORS, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
-    "bs-sample": (
-        VECTORS,
-        measure(BS(6, 4)),
-        ValueError,
-        "num_samples=6",
-        "divide both",
-    ),
-    "vdn-strata": (VECTORS, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
-    "one-value": (VECTORS, measure(NS(1)), ValueError, "got 1 from", "more images"),
+    "ns-images": (FLAT, measure(NS(9)), ValueError, "num_samples=9", "smaller"),
+    "bs-images": (FLAT, measure(BS(64)), ValueError, "batch size 8", "sampler=None"),
+    "vdn-images": (FLAT, measure(VDN(9)), ValueError, "num_virtual=9", "smaller"),
+    "bs-strata": (FLAT, measure(BS(6, 3)), ValueError, "strata=3", "divide both"),
+    "bs-sample": (FLAT, measure(BS(6, 4)), ValueError, "num_samples=6", "divide both"),
+    "vdn-strata": (FLAT, measure(VDN(3, 3)), ValueError, "strata=3", "divide both"),
+    "one-value": (FLAT, measure(NS(1)), ValueError, "got 1 from", "more images"),
     "one-image": ((1, 3), measure(BS(1)), ValueError, "shape=(1,)", "more images"),
     "one-pixel": ((1, 1, 1, 3), measure(Lattice()), ValueError, "got 1", "more images"),
     "no-map": (
@@ -94,7 +70,7 @@ ERRORS = {
         "shape=(8, 4, 0)",
         "axis`",
     ),
-    "fs-images": (VECTORS, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
+    "fs-images": (FLAT, measure(FS(0.5)), ValueError, "shape=(8,)", "BatchSampling"),
     "no-images": ((3,), measure(BS(2)), ValueError, "shape=()", "feature axis?"),
     "no-pixels": ((8, 0, 3), measure(BS(2)), ValueError, "shape=(8, 0)", "axis`"),
     "no-batch": ((0, 3), measure(BS(2)), ValueError, "shape=(0,)", "empty batches"),
@@ -127,30 +103,24 @@ ERRORS = {
         "feature axis?",
     ),
     "no-real": (
-        VECTORS,
+        FLAT,
         measure(Mixed(BS(2), VDN(8))),
         ValueError,
         "num_virtual=8 and batch size 8",
         "append_virtual",
     ),
     "real-images": (
-        VECTORS,
+        FLAT,
         measure(Mixed(BS(5), VDN(4))),
         ValueError,
         "num_samples=5 and batch size 4",
         "smaller",
     ),
     # keys
-    "bs-key": (
-        VECTORS,
-        measure(BS(2), None),
-        ValueError,
-        "key=None",
-        "jax.random.key(",
-    ),
+    "bs-key": (FLAT, measure(BS(2), None), ValueError, "key=None", "jax.random.key("),
     "fs-key": (MAPS, measure(FS(0.5), None), ValueError, "key=None", "each step"),
     "mixed-key": (
-        VECTORS,
+        FLAT,
         measure(Mixed(BS(2), VDN(2)), None),
         ValueError,
         "key=None",
@@ -159,7 +129,7 @@ ERRORS = {
     # arguments of samplers
     **{
         f"positive-{name}-{value}": (
-            VECTORS,
+            FLAT,
             lambda x, make=make, name=name, value=value: make(**{name: value}),
             ValueError,
             f"{name}={value!r}",
@@ -193,7 +163,7 @@ ERRORS = {
     },
     **{
         f"weight-{value}": (
-            VECTORS,
+            FLAT,
             lambda x, value=value: Mixed(BS(2), VDN(2), value),
             ValueError,
             f"virtual_weight={value!r}",
@@ -209,7 +179,7 @@ ERRORS = {
         "0.015625",
     ),
     "weight-string": (
-        VECTORS,
+        FLAT,
         lambda x: Mixed(BS(2), VDN(2), "0.5"),
         TypeError,
         "virtual_weight='0.5'",
@@ -217,7 +187,7 @@ ERRORS = {
     ),
     **{
         f"{name}-{option}-{sampler}": (
-            VECTORS,
+            FLAT,
             make(sampler=sampler, **{option: value}),
             TypeError,
             f"{option}={value!r}",
@@ -228,7 +198,7 @@ ERRORS = {
         for sampler in (None, NS(2))
     },
     "function-epsilon": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.batch_norm(x, epsilon="1e-5"),
         TypeError,
         "epsilon='1e-5'",
@@ -242,7 +212,7 @@ ERRORS = {
         "number",
     ),
     "running-weight": (
-        VECTORS,
+        FLAT,
         linen_step(sampler=NS(2), running_weight="0.75"),
         TypeError,
         "running_weight='0.75'",
@@ -272,7 +242,7 @@ ERRORS = {
         "Features are last",
     ),
     "mixed-swapped": (
-        VECTORS,
+        FLAT,
         lambda x: Mixed(VDN(2), BS(2)),
         TypeError,
         "got BatchSampling(num_samples=2",
@@ -280,7 +250,7 @@ ERRORS = {
     ),
     **{
         f"mixed-real-{real}": (
-            VECTORS,
+            FLAT,
             lambda x, real=real: Mixed(real, VDN(2)),
             TypeError,
             f"real={real!r}",
@@ -289,7 +259,7 @@ ERRORS = {
         for real in (None, VDN(2), Mixed(BS(2), VDN(2)))
     },
     "mixed-number": (
-        VECTORS,
+        FLAT,
         lambda x: Mixed(4, VDN(2)),
         TypeError,
         "sampler=4",
@@ -316,7 +286,7 @@ ERRORS = {
         "size 1",
     ),
     "mask-rank": (
-        VECTORS,
+        FLAT,
         measure(BS(2), mask=jnp.ones(MAPS, bool)),
         ValueError,
         "shape=(8, 3)",
@@ -327,14 +297,14 @@ ERRORS = {
     "scale": (MAPS, normalize(scale=jnp.ones(4)), ValueError, "(4,)", "axis`"),
     "bias": (MAPS, normalize(bias=jnp.ones((3, 1))), ValueError, "(3, 1)", "axis`"),
     "mixture": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.mix_statistics([sbn.Statistics(x[0], x[0])], [0.5, 0.5]),
         ValueError,
         "got 2 weights and 1 statistics",
         "one weight for each",
     ),
     "empty-mixture": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.mix_statistics([], []),
         ValueError,
         "0 statistics",
@@ -355,29 +325,23 @@ ERRORS = {
         "3 virtual",
         "divide",
     ),
-    "virtual-zero-strata": (
-        VECTORS,
-        append(VECTORS, 0),
-        ValueError,
-        "strata=0",
-        "divide",
-    ),
+    "virtual-zero-strata": (FLAT, append(FLAT, 0), ValueError, "strata=0", "divide"),
     "drop-images": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.drop_virtual(x, 9),
         ValueError,
         "num_virtual=9",
         "batch size 8",
     ),
     "drop-strata": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.drop_virtual(x, 3, 2),
         ValueError,
         "strata=2",
         "divide both",
     ),
     "virtual-mean": (
-        VECTORS,
+        FLAT,
         lambda x: sbn.virtual_samples(KEY, 2, (4, 4, 3), mean=jnp.ones(4)),
         ValueError,
         "image of shape=(4, 4, 3), got mean of shape (4,)",
@@ -395,11 +359,11 @@ def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
 
 def test_virtual_floats_are_not_cast_to_a_batch_of_integers():
     with pytest.raises(ValueError, match=r"virtual images of float32\. Scale"):
-        sbn.append_virtual(jnp.ones(VECTORS, "uint8"), jnp.ones(VECTORS))
+        sbn.append_virtual(jnp.ones(FLAT, "uint8"), jnp.ones(FLAT))
 
 
 def test_a_key_that_is_not_needed_is_fine():
-    sbn.batch_norm(jnp.ones(VECTORS), sampler=NS(2), key=KEY)
+    sbn.batch_norm(jnp.ones(FLAT), sampler=NS(2), key=KEY)
 
 
 def test_one_image_of_many_pixels_is_enough():

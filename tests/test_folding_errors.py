@@ -10,7 +10,7 @@ from tests.teaching import message_while_tracing
 
 KEY = jax.random.key(0)
 BS, NS, FS = sbn.BatchSampling(2), sbn.NaiveSampling(2), sbn.FeatureSampling(0.5)
-VECTORS, MAPS = (8, 3), (8, 5, 4, 3)
+FLAT, MAPS = (8, 3), (8, 5, 4, 3)
 RESIDUAL = jnp.ones((8, 3, 2, 6))
 MOMENTS = sbn.Statistics(jnp.ones(3), jnp.ones(6))
 
@@ -58,7 +58,7 @@ ERRORS = {
     # samplers
     "sampler": (MAPS, conv(sampler=4), TypeError, "sampler=4", "BatchSampling(8)"),
     "dense-sampler": (
-        VECTORS,
+        FLAT,
         dense(sampler=sbn.NaiveSampling),
         TypeError,
         "NaiveSampling'>",
@@ -88,7 +88,7 @@ ERRORS = {
         "divide both",
     ),
     "one-value": (
-        VECTORS,
+        FLAT,
         dense(sampler=sbn.NaiveSampling(1)),
         ValueError,
         "got 1 from",
@@ -102,14 +102,14 @@ ERRORS = {
         "no empty axis",
     ),
     "patch-of-images": (
-        VECTORS,
+        FLAT,
         dense(sampler=FS, key=KEY),
         ValueError,
         "shape=(8,)",
         "BatchSampling",
     ),
     "linen-patch-of-images": (
-        VECTORS,
+        FLAT,
         linen_dense(sampler=FS),
         ValueError,
         "shape=(8,)",
@@ -117,7 +117,7 @@ ERRORS = {
     ),
     **{
         f"key-{name}": (shape, make(sampler=BS), ValueError, "key=None", "each step")
-        for name, shape, make in [("conv", MAPS, conv), ("dense", VECTORS, dense)]
+        for name, shape, make in [("conv", MAPS, conv), ("dense", FLAT, dense)]
     },
     # residuals, masks, parameters
     **{
@@ -164,17 +164,17 @@ ERRORS = {
             ("fold-var", fold(num_var=3), "(6,), got var of shape (3,)"),
         ]
     },
-    "dense-bias": (VECTORS, dense(bias=jnp.ones(3)), ValueError, "(3,)", "last axis"),
+    "dense-bias": (FLAT, dense(bias=jnp.ones(3)), ValueError, "(3,)", "last axis"),
     # ranks and geometry
     **{
         f"rank-{name}": (shape, call, ValueError, given, "dense_norm")
         for name, shape, call, given in [
             ("kernel", MAPS, conv(window=()), "kernel of shape (3, 6)"),
-            ("input", VECTORS, conv(), "input of shape (8, 3)"),
+            ("input", FLAT, conv(), "input of shape (8, 3)"),
             ("rowless", (5, 4, 3), conv(window=(3, 3, 3)), "(3, 3, 3, 3, 6)"),
         ]
     },
-    "rank-dense": (VECTORS, dense((3, 3, 6)), ValueError, "(3, 3, 6)", "kernel (I, C)"),
+    "rank-dense": (FLAT, dense((3, 3, 6)), ValueError, "(3, 3, 6)", "kernel (I, C)"),
     "rank-dense-input": ((3,), dense(), ValueError, "input of shape (3,)", "(I, C)"),
     "causal": (
         MAPS,

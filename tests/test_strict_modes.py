@@ -13,7 +13,7 @@ from tests import cases
 
 KEY = jax.random.key(0)
 X = cases.inputs((16, 8, 8, 4))
-VECTORS = cases.inputs((16, 4))
+FLAT = cases.inputs((16, 4))
 NORMS = [
     "BNET",
     "BatchNorm",
