@@ -4,9 +4,9 @@
 get those of benchmarks/results, the newest of each device and case;
 ``docs/accuracy.md`` those of the studies in examples/ and the noise of samples,
 ``docs/normalizers.md`` that of all normalizers, ``docs/tutorial.md`` a run of ``make
-demo``. What stands between the markers of a
-page, such as ``<!-- begin: block -->`` and ``<!-- end -->``, is replaced, and the rest
-left alone. ``--check`` writes nothing and fails if a page is out of date.
+demo``. What stands between the markers of a page, such as ``<!-- begin: block -->`` and
+``<!-- end -->``, is replaced, and the rest left alone. ``--check`` writes nothing and
+fails if a page is out of date.
 """
 
 import collections
@@ -16,9 +16,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -176,12 +173,6 @@ def demo_pages(root: Path) -> list[Page]:
     demo = comparison.Report.read(folder)
     files = {name: f"{_DEMO}-digits-{name}.svg" for name in theme.THEMES}
 
-    def figure(ink: str, soft: str) -> Figure:
-        inks: Any = {"text.color": ink, "axes.labelcolor": ink}
-        inks |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), soft)
-        with mpl.rc_context(inks):
-            return demo.figure()
-
     header, lines = demo.cells()
     section = [
         f"**{demo.about['title']}**, {demo.about['machine']}, "
@@ -194,7 +185,7 @@ def demo_pages(root: Path) -> list[Page]:
             root / "docs" / "tutorial.md",
             _DEMO,
             {"demo": "\n\n".join(section)},
-            lambda static: theme.save(figure, files, static),
+            lambda static: theme.save(lambda *_: demo.figure(), files, static),
         )
     ]
 

@@ -27,8 +27,11 @@ def save(figure: Draw, named: Mapping[str, str], folder: Path) -> None:
       folder: where to save them.
     """
     for theme, name in named.items():
-        with mpl.rc_context(_SVG):
-            figure(*THEMES[theme]).savefig(
+        ink, soft = THEMES[theme]
+        inks = dict.fromkeys(("text.color", "axes.labelcolor"), ink)
+        inks |= dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor"), soft)
+        with mpl.rc_context(_SVG | inks):
+            figure(ink, soft).savefig(
                 folder / name,
                 transparent=True,
                 metadata={"Date": None, "Creator": None},
