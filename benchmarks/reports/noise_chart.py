@@ -39,7 +39,6 @@ def figure(report: Report, ink: str, soft: str) -> Figure:
     axes.axvline(1, color=ink, linestyle="--", linewidth=1)
     style_bars(axes, "", ink, soft)
     axes.set_yticks([])
-    axes.tick_params(axis="x", which="minor", color=soft)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel(
         "error of the gradient, relative to the noise of batches (dashed):\n"
