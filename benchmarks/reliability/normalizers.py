@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 import flax_sbn as sbn
+from harness import methods
 
 FEATURES = 4
 
@@ -165,32 +166,21 @@ def step(
     return Results(y, state, grads, dx)
 
 
-_VIRTUAL = 4
-SAMPLERS: dict[str, sbn.Sampler] = {
-    "lattice": sbn.LatticeSampling(),
-    "ns:4": sbn.NaiveSampling(4),
-    "bs:4": sbn.BatchSampling(4),
-    "fs:1/16": sbn.FeatureSampling(1 / 16),
-    "copies:2": sbn.CopySampling(2),
-    "vdn:4": sbn.VirtualSampling(_VIRTUAL),
-    "bs:4+vdn:4": sbn.MixedSampling(
-        sbn.BatchSampling(4), sbn.VirtualSampling(_VIRTUAL)
-    ),
-    "fs:1/16+vdn:4": sbn.MixedSampling(
-        sbn.FeatureSampling(1 / 16), sbn.VirtualSampling(_VIRTUAL)
-    ),
-}
+_NAMES = ("lattice", "ns:4", "bs:4", "fs:1/16", "vdn:4", "bs:4+vdn:4", "fs:1/16+vdn:4")
 
 
 def _sampled() -> dict[str, Method]:
     """Returns batch norm with each sampler, unfolded and folded."""
-    methods = {}
-    for name, sampler in SAMPLERS.items():
-        virtual = _VIRTUAL if "vdn" in name else 0
-        norm = functools.partial(sbn.linen.BatchNorm, sampler=sampler)
-        methods[name] = Method(norm, virtual=virtual)
-        methods[f"{name} folded"] = Method(sbn.linen.BatchNorm, sampler, virtual)
-    return methods
+    found = {name: methods.parse(name) for name in _NAMES}
+    found["copies:2"] = methods.parse("CopySampling(2)")
+    sampled = {}
+    for name, method in found.items():
+        virtual = method.virtual.num_virtual if method.virtual else 0
+        norm = functools.partial(sbn.linen.BatchNorm, **method.options)
+        sampled[name] = Method(norm, virtual=virtual)
+        folded = Method(sbn.linen.BatchNorm, method.sampler, virtual)
+        sampled[f"{name} folded"] = folded
+    return sampled
 
 
 _TWO_PASSES = functools.partial(sbn.linen.BatchNorm, use_fast_variance=False)
@@ -205,9 +195,7 @@ METHODS: dict[str, Method] = {
     **_sampled(),
     "ghost groups of 4": Method(functools.partial(sbn.linen.BatchNorm, ghost_groups=4)),
     "fs:1/16~3/4": Method(
-        functools.partial(
-            sbn.linen.BatchNorm, sampler=SAMPLERS["fs:1/16"], running_weight=0.75
-        )
+        functools.partial(sbn.linen.BatchNorm, **methods.parse("fs:1/16~3/4").options)
     ),
     **{
         cls.__name__: Method(cls)
