@@ -14,7 +14,7 @@ def test_it_writes_a_ratio_for_every_variant(
     monkeypatch.setitem(layer.LAYER_SHAPES, "resnet50-stem", (4, 4, 8))
     monkeypatch.setitem(layer.CONVOLUTIONS, "resnet50-stem", ((8, 8, 3), 7, 2))
     for table in layer.SAMPLERS, layer.BLOCKS:
-        for name in table.keys() - {"flax", "conv", "all", "Lattice"}:
+        for name in table.keys() - {"Flax", "conv", "all", "Lattice"}:
             monkeypatch.delitem(table, name)
     path = tmp_path / "results" / "layer.json"
     argv = ["--what", what, "--shape", "resnet50-stem", "--batch-size", "8"]
@@ -22,9 +22,9 @@ def test_it_writes_a_ratio_for_every_variant(
     assert layer.main(argv) == 0
     report = json.loads(path.read_text())
     rows = {row["variant"]: row for row in report["results"]}
-    expected = {"flax", *layer.SAMPLERS} if what == "norm" else layer.BLOCKS.keys()
+    expected = {"Flax", *layer.SAMPLERS} if what == "norm" else layer.BLOCKS.keys()
     assert rows.keys() == expected
-    assert rows["flax"]["ratio"] == 1
+    assert rows["Flax"]["ratio"] == 1
     assert all(row["ratio"] > 0 for row in rows.values())
     assert {"device", "dtype", "versions", "date"} <= report.keys()
     assert "Lattice" in capsys.readouterr().out
@@ -52,7 +52,7 @@ def test_a_norm_is_charged_what_its_block_takes_more_in_the_same_round(
     monkeypatch,
 ) -> None:
     seconds = {
-        "flax": [4.0, 9.0, 5.0],
+        "Flax": [4.0, 9.0, 5.0],
         "conv": [2.0, 5.0, 3.0],
         "Lattice": [3.0, 6.0, 4.0],
         "Lattice folded": [2.5, 5.5, 3.5],
@@ -63,7 +63,7 @@ def test_a_norm_is_charged_what_its_block_takes_more_in_the_same_round(
     results = layer.measure("block", "resnet50-stage1", 2, "float32", rounds=3)
     own = {result.variant: result.own_ratio for result in results}
     assert own == {
-        "flax": 1,
+        "Flax": 1,
         "conv": 0,
         "Lattice": 0.5,
         "Lattice folded": 0.25,

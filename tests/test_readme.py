@@ -88,11 +88,11 @@ def test_accuracies_of_small_batches_are_those_of_the_committed_results() -> Non
         return f"{statistics.mean(found):.1f} %"
 
     for text in (
-        f"with 2 images a device {accuracy('lattice~3/4')}, where batch norm has "
-        f"{accuracy('bn')} and group norm {accuracy('gn', None)} |",
+        f"{accuracy('lattice~3/4')} with 2 images per device; batch norm reaches "
+        f"{accuracy('bn')}, group norm {accuracy('gn', None)} |",
         f"| {accuracy('lattice+vdn:2~3/4')} there; two [virtual images]",
         f"| {accuracy('mabn')} there; measures everything",
-        f"batch norm reaches {accuracy('bn', None)} in the one of the small batches",
+        f"with small batches, batch norm reaches {accuracy('bn', None)} when all 128",
     ):
         assert text in " ".join(README.split())
 
@@ -125,10 +125,12 @@ def test_accuracies_of_the_main_study_are_those_of_the_committed_results() -> No
     assert len(found["bn"]) == count
     loss, _ = distances("lattice", count)
     _, patch = distances("fs:1/64", len(found["fs:1/64"]))
-    assert f"| FS is {patch} points from batch norm;" in README
+    assert patch.startswith("-")
+    assert f"(1 / 64)` ends {patch[1:]} points below batch norm;" in README
     words = {3: "three", 4: "four", 5: "five"}
     assert (
-        f"a ResNet-8 reaches {bn} with batch norm and {lattice} with the lattice. "
+        f"a ResNet-8 reaches {bn} with batch norm and {lattice} with "
+        "`LatticeSampling()`. "
         f"Their final training losses differ by {loss} "
         f"([{words[count]} training runs each]"
     ) in " ".join(README.split())
@@ -155,8 +157,8 @@ def test_training_times_are_those_of_the_committed_results() -> None:
     }
     small, large = (ratio["Lattice folded", size] for size in (32, 128))
     assert (
-        f"takes {small:.2f} of the time of one with batch norm in batches of 32, "
-        f"{large:.2f} in batches of 128."
+        f"takes {small:.2f}\u00d7 as long as one with batch norm at batch size 32, and "
+        f"{large:.2f}\u00d7 at batch size 128."
     ) in " ".join(README.split())
 
 
@@ -170,7 +172,7 @@ def test_traffic_is_that_of_the_committed_results() -> None:
 
     def ratio(target: str, variant: str, key: str, digits: int = 2) -> str:
         given = found[target]
-        return f"{given[variant][key] / given['flax BN'][key]:.{digits}f}\u00d7"
+        return f"{given[variant][key] / given['Flax BN'][key]:.{digits}f}\u00d7"
 
     def cells(variant: str) -> Iterator[str]:
         for target, key, unit, of in (
@@ -179,17 +181,17 @@ def test_traffic_is_that_of_the_committed_results() -> None:
             ("v5e", "estimated_cycles", 1e6, "M"),
             ("v5e", "temp_bytes", 1e9, "GB"),
         ):
-            apart = f" ({ratio(target, variant, key)})" if variant != "flax BN" else ""
+            apart = f" ({ratio(target, variant, key)})" if variant != "Flax BN" else ""
             yield f"{found[target][variant][key] / unit:.1f} {of}{apart}"
 
-    for variant in ("flax BN", "Lattice folded", "no norm"):
+    for variant in ("Flax BN", "Lattice folded", "no norm"):
         assert f"| {variant} | {' | '.join(cells(variant))} |" in README
     readme = " ".join(README.split())
     for target, variant, key, text in (
-        ("h200", "Lattice folded", "traffic_bytes", "{} of the memory traffic"),
-        ("h200", "Lattice folded", "temp_bytes", "{} of the temporary memory"),
-        ("v5e", "Lattice folded", "estimated_cycles", "{} of the estimated cycles"),
-        ("v5e", "Lattice folded", "temp_bytes", "{} of the memory.**"),
+        ("h200", "Lattice folded", "traffic_bytes", "{} the memory traffic"),
+        ("h200", "Lattice folded", "temp_bytes", "{} the temporary memory"),
+        ("v5e", "Lattice folded", "estimated_cycles", "{} the estimated cycles"),
+        ("v5e", "Lattice folded", "temp_bytes", "{} the memory.**"),
     ):
         assert text.format(ratio(target, variant, key)) in readme
     for target, text in (
@@ -199,5 +201,5 @@ def test_traffic_is_that_of_the_committed_results() -> None:
         slower = ratio(target, "Lattice folded", "compile_seconds", 1)[:-1]
         assert text.format(slower) in readme
     dense = rows("h200", "densenet121")
-    less = dense["Lattice folded"]["traffic_bytes"] / dense["flax BN"]["traffic_bytes"]
+    less = dense["Lattice folded"]["traffic_bytes"] / dense["Flax BN"]["traffic_bytes"]
     assert f"still moves [{less:.2f}\u00d7]" in readme

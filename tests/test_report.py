@@ -22,9 +22,13 @@ ABOUT = {
 
 
 STUDY = """
-norm = ["bn", "bs:4", "fs:1/64~3/4", "gn"]
-seed = [0, 1]
 epochs = 4
+[[grids]]
+norm = ["bn", "bs:4", "fs:1/64~3/4"]
+seed = [0, 1]
+[[grids]]
+norm = ["gn"]
+seed = [0]
 """
 
 
@@ -76,11 +80,11 @@ def folder(tmp_path) -> Path:
     (tmp_path / "examples" / "studies" / "ratio-short.toml").write_text(STUDY)
     for day, speed in ("01", 0.9), ("02", 0.5):
         rows = [
-            step("resnet50", "flax BN", 1.0),
+            step("resnet50", "Flax BN", 1.0),
             step("resnet50", "FS 1/64 folded", speed),
         ]
         if day == "01":
-            rows.append(step("resnet18", "flax BN", None, error="out of memory"))
+            rows.append(step("resnet18", "Flax BN", None, error="out of memory"))
         content = json.dumps(results(f"2026-11-{day}", *rows))
         (results_of / f"{day}.json").write_text(content)
     return tmp_path
@@ -102,8 +106,8 @@ def test_the_page_shows_the_newest_results_between_its_markers(folder) -> None:
     assert f"{caption} jax 0.10.2." in page
     rows = [line.replace(" ", "") for line in page.splitlines() if "resnet" in line]
     assert rows == [
-        "|resnet18|256|flaxBN|outofmemory|-|2.50|-|61|",
-        "|resnet50|256|flaxBN|1,000|1.00|2.50|-|61|",
+        "|resnet18|256|FlaxBN|outofmemory|-|2.50|-|61|",
+        "|resnet50|256|FlaxBN|1,000|1.00|2.50|-|61|",
         "|resnet50|256|FS1/64folded|2,000|2.00|2.50|-|61|",
     ]
 
@@ -116,7 +120,7 @@ def test_check_fails_when_anything_is_out_of_date(folder) -> None:
     assert run(folder, "--check") == 1
     run(folder)
     (folder / "benchmarks" / "results" / "03.json").write_text(
-        json.dumps(results("2026-11-03", step("resnet50", "flax BN", 1.0)))
+        json.dumps(results("2026-11-03", step("resnet50", "Flax BN", 1.0)))
     )
     assert run(folder, "--check") == 1
 
@@ -163,7 +167,7 @@ def test_a_study_is_compared_with_batch_norm_seed_by_seed(folder) -> None:
     assert run(folder) == 0
     page = (folder / "docs" / "accuracy.md").read_text()
     assert "**Short protocol**: resnet8, all training images of digits" in page
-    assert "5 training runs (3 more are not done) on Some GPU" in page
+    assert "4 epochs, 1 to 2 seeds. 5 training runs (2 more to run) on Some GPU" in page
     rows = ["".join(line.split()) for line in page.splitlines() if "`" in line[:3]]
     rows = [row for row in rows if row.startswith("|")]
     assert rows == [
@@ -216,7 +220,7 @@ def test_the_noise_of_samples_is_shown_beside_the_studies(folder) -> None:
     assert "|agrid|12.5%|0.12|0.045|" in lines
     assert "|`BatchSampling(8)`|12.5%|2.0±0.5|0|" in lines
     assert "|agrid|20,20|20,20|" in lines
-    assert "for 6 epochs on 4,096 images of CIFAR-10 (test accuracy 50%)" in page
+    assert "for 6 epochs on 4,096 images of CIFAR-10 (test accuracy 50\xa0%)" in page
     for theme in ("light", "dark"):
         name = f"study-noise-some-gpu-bfloat16-{theme}.svg"
         assert f"_static/{name}" in page

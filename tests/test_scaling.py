@@ -144,7 +144,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(scaling.step, "training_step", training_step)
     monkeypatch.setitem(scaling.TARGETS, "h200", Here())
     path = tmp_path / "scaling.json"
-    variants = ["--variant", "no norm, jit", "flax BN, jit"]
+    variants = ["--variant", "no norm, jit", "Flax BN, jit"]
     options = ["--devices", "1", "8", "--dtype", "float32", "--json", str(path)]
     assert scaling.main([*options, *variants]) == 0
     return json.loads(path.read_text())
@@ -153,30 +153,30 @@ def small(monkeypatch, tmp_path):
 def test_it_writes_and_prints_what_each_device_sends(small, capsys) -> None:
     assert {"versions", "date", "machine", "dtype"} <= small.keys()
     rows = {(row["devices"], row["variant"]): row for row in small["results"]}
-    assert rows[1, "flax BN, jit"]["sent_bytes"] == 0
-    assert rows[1, "flax BN, jit"]["kinds"] == {}
-    assert rows[8, "flax BN, jit"]["sent_bytes"] == 2 * 7 / 8 * 32
-    assert rows[8, "flax BN, jit"]["types"] == {"f32": 32}
+    assert rows[1, "Flax BN, jit"]["sent_bytes"] == 0
+    assert rows[1, "Flax BN, jit"]["kinds"] == {}
+    assert rows[8, "Flax BN, jit"]["sent_bytes"] == 2 * 7 / 8 * 32
+    assert rows[8, "Flax BN, jit"]["types"] == {"f32": 32}
     assert rows[8, "no norm, jit"]["kinds"] == {"all-reduce": 1}
     assert rows[8, "no norm, jit"]["batch_size"] == 32
 
     lines = tables.scaling_table(small).splitlines()
-    assert lines[0].startswith("resnet50 on h200, 32 images a device; in parentheses")
+    assert lines[0].startswith("resnet50 on h200, 32 images per device; in parentheses")
     cells = [cell.strip() for cell in lines[-1].split("|")[1:-1]]
-    assert cells == ["flax BN, jit", "0", "1", "0.0", "0.0", "0.0 (2.000)"]
+    assert cells == ["Flax BN, jit", "0", "1", "0.0", "0.0", "0.0 (2.000)"]
 
 
 def test_its_chart_is_of_the_most_devices(small) -> None:
     (case, groups), *others = plots.scaling(small).panels.items()
     assert case == "resnet50 on 8 x h200"
     assert not others
-    assert groups == {"flax BN": {"jit": plots.Bar(2.0, "0 MB")}}
+    assert groups == {"Flax BN": {"jit": plots.Bar(2.0, "0 MB")}}
 
 
 @pytest.mark.parametrize(
     "argv",
     [
-        *[["--target", "tpu"], ["--variant", "flax BN"], ["--devices", "0"]],
+        *[["--target", "tpu"], ["--variant", "Flax BN"], ["--devices", "0"]],
         *[["--batch-size", "0"], ["--devices", "two"]],
     ],
 )

@@ -39,7 +39,7 @@ def small(monkeypatch):
     monkeypatch.setattr(traffic.targets, "look_for_no_devices", lambda: None)
     monkeypatch.setattr(traffic, "training_step", training_step)
     monkeypatch.setitem(traffic.TARGETS, "h200", Here())
-    return ["--target", "h200", "--dtype", "float32", "--variant", "flax BN", "no norm"]
+    return ["--target", "h200", "--dtype", "float32", "--variant", "Flax BN", "no norm"]
 
 
 def test_it_writes_figures_and_prints_ratios(small, tmp_path, capsys) -> None:
@@ -57,7 +57,7 @@ def test_it_writes_figures_and_prints_ratios(small, tmp_path, capsys) -> None:
     assert none["compile_seconds"] > 0
 
     printed = capsys.readouterr().out
-    assert "resnet50 on h200, batch 256; in parentheses relative to flax BN" in printed
+    assert "resnet50 on h200, batch 256; in parentheses relative to Flax BN" in printed
     (row,) = [line for line in printed.splitlines() if line.startswith("| no norm")]
     assert row.split("|")[2].strip() == "0.0 (0.67, 1.00)"
     assert "2,500.0 (0.71, 1.00)" in row
@@ -92,7 +92,7 @@ def test_an_interrupted_run_keeps_what_it_has(small, monkeypatch, tmp_path) -> N
     with pytest.raises(KeyboardInterrupt):
         traffic.main([*small, "--json", str(path)])
     results = json.loads(path.read_text())["results"]
-    assert [row["variant"] for row in results] == ["flax BN"]
+    assert [row["variant"] for row in results] == ["Flax BN"]
 
 
 def test_a_missing_compiler_is_named(small, monkeypatch, tmp_path, capsys) -> None:
@@ -136,7 +136,7 @@ def test_the_model_takes_the_longer_of_memory_and_products() -> None:
 
 
 def test_results_without_the_model_have_no_column_of_it() -> None:
-    row = {"variant": "flax BN", "target": "h200", "model": "x", "batch_size": 1}
+    row = {"variant": "Flax BN", "target": "h200", "model": "x", "batch_size": 1}
     old = {"results": [{**row, "traffic_bytes": 10, "error": None}]}
     assert "model" not in tables.traffic_table(old)
     new = {"results": [{**old["results"][0], "roofline_seconds": 0.01}]}

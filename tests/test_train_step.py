@@ -13,13 +13,13 @@ ARGV = ["--model", "mlp", "--batch-size", "16", "--rounds", "1", "--variant"]
 def test_it_writes_a_row_for_every_variant(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(train_step, "_MIN_SECONDS", 0.0)
     path = tmp_path / "results" / "steps.json"
-    argv = [*ARGV, "flax BN", "BS 8 folded", "--json", str(path)]
+    argv = [*ARGV, "Flax BN", "BS 8 folded", "--json", str(path)]
     assert train_step.main(argv) == 0
     report = json.loads(path.read_text())
     rows = {row["variant"]: row for row in report["results"]}
     rows.pop(train_step.TORCH, None)
-    assert rows.keys() == {"flax BN", "BS 8 folded"}
-    assert rows["flax BN"]["ratio"] == 1
+    assert rows.keys() == {"Flax BN", "BS 8 folded"}
+    assert rows["Flax BN"]["ratio"] == 1
     for row in rows.values():
         speed = 16 / (row["milliseconds"] / 1e3)
         assert row["images_per_second"] == pytest.approx(speed)
@@ -57,20 +57,20 @@ def test_a_variant_without_memory_is_noted_and_the_others_are_timed(
     monkeypatch.setattr(train_step, "JaxStep", Step)
     monkeypatch.setattr(train_step, "_MIN_SECONDS", 0.0)
     path = tmp_path / "steps.json"
-    assert train_step.main([*ARGV, "flax BN", "BS 8", "--json", str(path)]) == 0
+    assert train_step.main([*ARGV, "Flax BN", "BS 8", "--json", str(path)]) == 0
     reference, row, *_ = json.loads(path.read_text())["results"]
     assert (reference["ratio"], reference["peak_bytes"]) == (1, 2)
     assert (row["error"], row["ratio"]) == ("out of memory", None)
 
 
 def test_other_errors_are_not_swallowed() -> None:
-    row = train_step.Result("mlp", 16, "flax BN")
+    row = train_step.Result("mlp", 16, "Flax BN")
     with pytest.raises(RuntimeError, match="shape"), train_step.noting(row):
         raise RuntimeError("wrong shape")
     assert row.error is None
 
 
 def test_no_case_starts_when_the_time_is_up(tmp_path, capsys) -> None:
-    argv = [*ARGV, "flax BN", "--json", str(tmp_path / "steps.json"), "--minutes", "0"]
+    argv = [*ARGV, "Flax BN", "--json", str(tmp_path / "steps.json"), "--minutes", "0"]
     assert train_step.main(argv) == 0
     assert "not measured: mlp with 16" in capsys.readouterr().err

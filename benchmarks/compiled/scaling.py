@@ -67,7 +67,7 @@ def _variants(*names: str) -> dict[str, Variant]:
     return variants
 
 
-VARIANTS = _variants("no norm", "flax BN", "Lattice", "Lattice folded")
+VARIANTS = _variants("no norm", "Flax BN", "Lattice", "Lattice folded")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -140,7 +140,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 examples:
   scaling.py --target v5e --devices 8 --model resnet18
-  scaling.py --variant "no norm, jit" "flax BN, jit" "FS 1/64 folded, own"
+  scaling.py --variant "no norm, jit" "Flax BN, jit" "FS 1/64 folded, own"
 """,
     )
     compiling.add_arguments(

@@ -33,7 +33,7 @@ from reports import tables
 from speed import timing
 from speed.step import VARIANTS, Step, training_step
 
-_DEFAULT = ("flax BN", "Lattice folded", "FS 1/64 folded", "BS 8 folded", "no norm")
+_DEFAULT = ("Flax BN", "Lattice folded", "FS 1/64 folded", "BS 8 folded", "no norm")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for variant in args.variant
         ]
         filled = compiling.fill_in(cases, compile_step, report, args.json)
-        print(f"\n{tables.traffic_table(filled, ('flax BN', 'no norm'))}")
+        print(f"\n{tables.traffic_table(filled, ('Flax BN', 'no norm'))}")
         if args.explain:
             for name in map(Result.describe, cases):
                 print(f"\n{name}\n\n{explain(found[name], args.explain)}")
@@ -100,7 +100,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         __doc__,
         epilog="""examples:
   traffic.py --target v5e --model resnet18 --explain 10
-  traffic.py --variant "flax BN" "FS 1/64 folded" "no norm"
+  traffic.py --variant "Flax BN" "FS 1/64 folded" "no norm"
 """,
     )
     compiling.add_arguments(

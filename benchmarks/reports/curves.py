@@ -213,7 +213,7 @@ CHARTS: dict[str, Callable[[Study, str, str], Figure]] = {
 }
 ALT = {
     "methods": "Training loss by epoch, and its distance from batch norm's",
-    "ratio": "Test accuracy against the share of values measured, one line a family",
+    "ratio": "Test accuracy against the share of values measured, one line per family",
     "few": "Test accuracy against the number of images normalized together",
     "normalizers": "Test accuracy of each normalizer with two images normalized "
     "together, and with all",

@@ -1,6 +1,6 @@
 """The two modes through a training as Markdown."""
 
-from reports.tables import Report, markdown, number
+from reports.tables import Report, markdown, number, percent
 
 _SHOWN = 4  # epochs
 
@@ -18,7 +18,7 @@ def modes_table(report: Report) -> str:
         [
             f"`{row['method']}`",
             str(row["epoch"]),
-            *(f"{row[name]:.1%}" for name in ("batch", "running", "estimated")),
+            *(percent(row[name]) for name in ("batch", "running", "estimated")),
             number(row["mean_error"], 3),
             number(row["log_var_error"], 3),
         ]

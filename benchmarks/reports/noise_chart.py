@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
+from reports.tables import percent
 from reports.theme import COLOURS, style_bars
 
 Report = dict[str, Any]
@@ -95,5 +96,5 @@ def _sampler(
     above: Any = {"va": "center", "fontsize": 9.5}
     across = axes.get_yaxis_transform()
     axes.text(0, place - 0.42, name, transform=across, color=ink, **above)
-    share = f"{row['measured']:.1%} measured"
+    share = f"{percent(row['measured'])} measured"
     axes.text(1, place - 0.42, share, transform=across, color=soft, ha="right", **above)

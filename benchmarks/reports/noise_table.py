@@ -3,7 +3,7 @@
 from typing import Any
 
 from reports.studies import PM
-from reports.tables import Report, markdown, number
+from reports.tables import Report, markdown, number, percent
 
 
 def noise_table(report: Report) -> str:
@@ -20,7 +20,7 @@ def noise_table(report: Report) -> str:
     for row in sorted(first, key=lambda row: row["gradient"]):
         name = row["sampler"]
         of_sizes = [found.get((name, size)) for size in sizes]
-        lines.append([_name(name), f"{row['measured']:.1%}", *map(_gradient, of_sizes)])
+        lines.append([_name(name), percent(row["measured"]), *map(_gradient, of_sizes)])
     header = ["sampler", "measured", *(f"batch {size}" for size in sizes)]
     maps = [errors["size"] for errors in first[0]["statistics"]]
     statistics = [
@@ -31,21 +31,22 @@ def noise_table(report: Report) -> str:
         ]
         for row in sorted(first, key=lambda row: row["gradient"])
     ]
-    columns = [f"{what}, {n} x {n}" for what in ("mean", "log var") for n in maps]
+    columns = [f"{what}, {n} × {n}" for what in ("mean", "log var") for n in maps]
     settings = report["settings"]
     return "\n\n".join(
         [
             f"{settings['model']} of width {settings['width']}, trained with batch "
             f"norm for {settings['epochs']} epochs on {report['train_size']:,} images "
-            f"of CIFAR-10 (test accuracy {report['test_accuracy']:.0%}); "
+            f"of CIFAR-10 (test accuracy {percent(report['test_accuracy'], 0)}); "
             f"{first[0]['batches']} batches of these images.",
             "Squared distance of the gradient from that with the whole batch's "
             "statistics, divided by the variance of the gradient between batches; with "
             "its standard error where that is more than a tenth:",
             markdown(header, lines, left=1),
-            f"Errors of the statistics of batches of {sizes[0]} by size of the map, "
-            "root mean squares in thousandths: what is the same in all batches, and "
-            "what differs between them. The mean's are in standard deviations:",
+            f"Errors of the statistics of batches of {sizes[0]}, by size of the map: "
+            "root mean squares, in thousandths. The first number is the part that is "
+            "the same in all batches, the second the part that varies. Errors of the "
+            "mean are in standard deviations:",
             markdown(["sampler", *columns], statistics, left=1),
         ]
     )

@@ -50,25 +50,25 @@ def train_step(report: Report) -> Chart:
     """Returns the speed of training steps: a group a variant, a bar a batch size."""
     panels: dict[str, dict[str, dict[str, Bar]]] = {}
     for row in report["results"]:
-        if row["ratio"] is not None and row["variant"] != "flax BN":
+        if row["ratio"] is not None and row["variant"] != "Flax BN":
             speed = 1 / row["ratio"]
             groups = panels.setdefault(row["model"], {})
             bars = groups.setdefault(row["variant"], {})
             bars[f"batch {row['batch_size']}"] = Bar(speed)
-    axis = "images a second, relative to flax's BatchNorm: more is better"
-    return Chart(axis, "flax BN", panels)
+    axis = "images a second, relative to Flax's BatchNorm: more is better"
+    return Chart(axis, "Flax BN", panels)
 
 
 def block(report: Report) -> Chart:
     """Returns the time of whole blocks: a group a layer, a bar a variant."""
     groups: dict[str, dict[str, Bar]] = {}
     for row in report["results"]:
-        if row["variant"] != "flax":
+        if row["variant"] != "Flax":
             bars = groups.setdefault(row["layer"].removeprefix("resnet50-"), {})
             name = "no norm" if row["variant"] == "conv" else row["variant"]
             bars[name] = Bar(row["ratio"])
-    axis = "time of a block, relative to that with flax's BatchNorm: less is better"
-    return Chart(axis, "flax BN", {"blocks of ResNet-50": groups} if groups else {})
+    axis = "time of a block, relative to that with Flax's BatchNorm: less is better"
+    return Chart(axis, "Flax BN", {"blocks of ResNet-50": groups} if groups else {})
 
 
 def traffic(report: Report) -> Chart:
@@ -77,7 +77,7 @@ def traffic(report: Report) -> Chart:
     flax: dict[str, dict[str, Any]] = {}
     for row in report["results"]:
         case = f"{row['model']} on {row['target']}, batch {row['batch_size']}"
-        if row["variant"] == "flax BN":
+        if row["variant"] == "Flax BN":
             flax[case] = row
         if case not in flax:
             continue
@@ -88,9 +88,9 @@ def traffic(report: Report) -> Chart:
                 bars[name] = Bar(ratio, f"{row[key] / 1e9:.1f} GB")
         panels.setdefault(case, {})[row["variant"]] = bars
     axis = (
-        "of one training step as compiled, relative to flax's BatchNorm: less is better"
+        "of one training step as compiled, relative to Flax's BatchNorm: less is better"
     )
-    return Chart(axis, "flax BN", panels)
+    return Chart(axis, "Flax BN", panels)
 
 
 def scaling(report: Report) -> Chart:

@@ -35,8 +35,8 @@ def bad_examples_table(report: Report) -> str:
         for name, rows in by_method(found).items()
         if _outcomes(rows, "inf") != _outcomes(rows, "NaN")
     ]
-    but = f", but with {', '.join(other)}" if other else ""
-    return f"{text}\n\nInfinities in place of NaN lead to the same{but}."
+    but = f", except with {', '.join(other)}" if other else ""
+    return f"{text}\n\nInfinities in place of NaN give the same result{but}."
 
 
 def cures_table(report: Report) -> str:
@@ -61,7 +61,7 @@ def cures_table(report: Report) -> str:
         ]
         lines.append([cure, str(len(methods)), *counts])
     header = [
-        "done about it",
+        "remedy",
         "methods",
         "other examples lost",
         "other examples changed",
@@ -187,9 +187,8 @@ def outcome(row: Row, num_examples: int) -> list[str]:
     ]
 
 
-# By the names of the page's markers: a kind of benchmark, and a table of its reports.
 def resume_table(report: Report) -> str:
-    """Returns what became of trainings that were interrupted, and the sums."""
+    """Returns what became of training runs that were interrupted, and the sums."""
     rows = report["results"]
     lines = [
         [
@@ -201,17 +200,18 @@ def resume_table(report: Report) -> str:
             f"{row['repeated']:,}",
             str(row["missing"]),
             str(row["differing"]),
-            "the same" if row["parameters_equal"] else "others",
+            "the same" if row["parameters_equal"] else "different",
         ]
         for number, row in enumerate(rows, 1)
     ]
     sums = (sum(int(line[i].replace(",", "")) for line in lines) for i in range(1, 8))
     lines.append(["all", *(f"{value:,}" for value in sums), ""])
-    header = ["training", "SIGKILL", "SIGTERM", "checkpoints torn", "steps"]
-    header += ["of them repeated", "losses missing", "losses differing", "parameters"]
+    header = ["run", "SIGKILL", "SIGTERM", "checkpoints torn", "steps"]
+    header += ["repeated", "losses missing", "losses differing", "parameters"]
     return markdown(header, lines, left=1)
 
 
+# By the names of the page's markers: a kind of benchmark, and a table of its reports.
 TABLES: dict[str, tuple[str, Callable[[Report], str]]] = {
     "bad-examples": ("bad_examples", bad_examples_table),
     "cures": ("bad_examples", cures_table),

@@ -6,6 +6,7 @@ among the results of its protocol, ``examples/results/PROTOCOL.jsonl``.
 
 import dataclasses
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from harness import grid, journal
 from harness.grid import Experiment as Experiment
 from harness.grid import experiment_of, setting_of, varied
 from harness.journal import Record
-from reports.tables import markdown, number, versions
+from reports.tables import markdown, number, percent, versions
 
 _SHORT = {
     "MixedSampling": "Mixed",
@@ -108,11 +109,12 @@ def section(study: Study, images: Sequence[str]) -> str:
 def protocol(study: Study) -> str:
     """Returns what all training runs of a study have in common, as a sentence."""
     one = study.experiments[0]
-    size = "" if one.image_size is None else f" at {one.image_size} x {one.image_size}"
+    size = "" if one.image_size is None else f" at {one.image_size} × {one.image_size}"
     images = "all" if one.train_size is None else f"{one.train_size:,}"
     models = " and ".join(dict.fromkeys(e.model for e in study.experiments))
     width = "" if one.width is None else f" of width {one.width}"
-    seeds = len({e.seed for e in study.experiments})
+    counts = Counter(map(setting_of, study.experiments)).values()
+    seeds = " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
     return (
         f"**{study.name.rpartition('-')[2].capitalize()} protocol**: {models}{width}, "
         f"{images} training images of {one.dataset}{size}, batch {one.batch_size}, "
@@ -132,7 +134,7 @@ def caption(study: Study) -> str:
     missing = len(study.experiments) - len(records)
     return (
         f"{protocol(study)} {len(records)} training runs"
-        + (f" ({missing} more are not done)" if missing else "")
+        + (f" ({missing} more to run)" if missing else "")
         + f" on {' and '.join(where)}, {days}; {software}."
     )
 
@@ -147,7 +149,7 @@ def setting_table(study: Study) -> str:
         lines.append(
             [
                 _label(setting, study.settings[0], names),
-                "-" if measured is None else f"{measured:.1%}",
+                "-" if measured is None else percent(measured),
                 spread([100 * r["test_accuracy"][-1] for r in runs.values()], 1),
                 difference(runs, reference, _final_accuracy, 1),
                 _mean_loss(runs, _EARLY - 1),
@@ -159,10 +161,10 @@ def setting_table(study: Study) -> str:
         "method",
         "measured",
         "test accuracy, %",
-        "accuracy, less bn's",
-        f"loss {_EARLY}",
-        "last loss",
-        "loss, less bn's",
+        "accuracy − bn",
+        f"loss, epoch {_EARLY}",
+        "final loss",
+        "loss − bn",
     ]
     return markdown(header, lines, left=1)
 

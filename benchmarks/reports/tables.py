@@ -60,6 +60,16 @@ def number(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
+def percent(value: float, digits: int = 1) -> str:
+    r"""Returns a share as text.
+
+    Example:
+      >>> percent(0.125)
+      '12.5\xa0%'
+    """
+    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+
+
 def gigabytes(value: float | None) -> str:
     """Returns bytes in GB, of 10^9."""
     return number(None if value is None else value / 1e9)
@@ -80,30 +90,30 @@ def variants(rows: Rows, *but: str) -> list[str]:
 
 
 def layer_table(report: Report) -> str:
-    """Returns times relative to flax's: a row a layer, a column a variant."""
+    """Returns times relative to Flax's: a row a layer, a column a variant."""
     rows = report["results"]
-    names = variants(rows, "flax")
+    names = variants(rows, "Flax")
     lines = []
     for shape in dict.fromkeys(tuple(row["shape"]) for row in rows):
         cells = by_variant(row for row in rows if tuple(row["shape"]) == shape)
         ratios = [number(cells[n]["ratio"]) if n in cells else "-" for n in names]
-        flax = number(cells["flax"]["milliseconds"], 1)
-        lines.append(["x".join(map(str, shape)), flax, *ratios])
-    return markdown(["input", "flax, ms", *names], lines, left=1)
+        flax = number(cells["Flax"]["milliseconds"], 1)
+        lines.append(["×".join(map(str, shape)), flax, *ratios])
+    return markdown(["input", "Flax, ms", *names], lines, left=1)
 
 
 def block_table(report: Report) -> str:
-    """Returns times of blocks, and each norm's own cost relative to flax's."""
+    """Returns times of blocks, and each norm's own cost relative to Flax's."""
     rows = report["results"]
-    ours = variants(rows, "flax", "conv")
+    ours = variants(rows, "Flax", "conv")
     lines = []
     for name in dict.fromkeys(row["layer"] for row in rows):
         cells = by_variant(row for row in rows if row["layer"] == name)
         lines.append(
             [
-                "x".join(map(str, cells["flax"]["shape"])),
+                "×".join(map(str, cells["Flax"]["shape"])),
                 number(cells["conv"]["milliseconds"]),
-                number(cells["flax"]["own_milliseconds"]),
+                number(cells["Flax"]["own_milliseconds"]),
                 *(number(cells[label]["own_ratio"]) for label in ours),
                 *(number(cells[label]["ratio"]) for label in ours),
             ]
@@ -111,7 +121,7 @@ def block_table(report: Report) -> str:
     header = [
         "output",
         "convolution, ms",
-        "flax's norm, ms",
+        "Flax's norm, ms",
         *(f"{label}: norm" for label in ours),
         *(f"{label}: block" for label in ours),
     ]
@@ -139,12 +149,12 @@ def train_step_table(report: Report) -> str:
                 number(row["compile_seconds"], 0),
             ]
         )
-    header = ["model", "batch", "variant", "images/s", "/ flax BN"]
+    header = ["model", "batch", "variant", "images/s", "/ Flax BN"]
     header += ["compiled, GB", "in use, GB", "compile, s"]
     return markdown(header, lines, left=3)
 
 
-def traffic_table(report: Report, references: Sequence[str] = ("flax BN",)) -> str:
+def traffic_table(report: Report, references: Sequence[str] = ("Flax BN",)) -> str:
     """Returns bytes moved by compiled steps: a table a target, model and batch size.
 
     Args:
@@ -182,7 +192,7 @@ def scaling_table(report: Report, reference: str = "no norm, jit") -> str:
       reference: variant that the figures in parentheses are relative to.
     """
     parts = []
-    case_name = "{model} on {target}, {batch_size} images a device"
+    case_name = "{model} on {target}, {batch_size} images per device"
     for case, rows in _cases(report, case_name):
         counts = sorted({row["devices"] for row in rows})
         by_count = [by_variant(r for r in rows if r["devices"] == n) for n in counts]
@@ -223,7 +233,7 @@ def decoding_table(report: Report) -> str:
     """Returns the speed of reading images: a table a size of files."""
     parts = []
     size = report["image_size"]
-    case = "{shape[0]} x {shape[1]} pixels, {kilobytes:.0f} kB, with {library}"
+    case = "{shape[0]} × {shape[1]} pixels, {kilobytes:.0f} kB, with {library}"
     for name, rows in _cases(report, case):
         lines = [
             [
@@ -235,7 +245,7 @@ def decoding_table(report: Report) -> str:
             for row in rows
         ]
         header = ["", "images/s", "/ decode: Pillow", "pixels differ by"]
-        parts += [f"{name}; crops of {size} x {size}:", markdown(header, lines, left=1)]
+        parts += [f"{name}; crops of {size} × {size}:", markdown(header, lines, left=1)]
     return "\n\n".join(parts)
 
 

@@ -50,7 +50,7 @@ SAMPLERS: dict[str, sbn.Sampler | None] = {
 _DENSE_BATCH = 32  # a multilayer perceptron sees so many times the examples
 
 BLOCKS = {
-    "flax": VARIANTS["flax BN"],
+    "Flax": VARIANTS["Flax BN"],
     "conv": VARIANTS["no norm"],
     **{
         name: VARIANTS[name]
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     report: dict[str, Any] = {
         "benchmark": kind,
-        "what": f"forward and gradient of one {args.what}, time against flax's",
+        "what": f"forward and gradient of one {args.what}, time against Flax's",
         **describe_device(),
         "dtype": args.dtype,
         "rounds": args.rounds,
@@ -172,10 +172,10 @@ def measure(
             shape=shape,
             variant=label,
             milliseconds=1e3 * statistics.median(times),
-            ratio=median_ratio(times, seconds["flax"]),
-            compile_ratio=compiling[label] / compiling["flax"],
+            ratio=median_ratio(times, seconds["Flax"]),
+            compile_ratio=compiling[label] / compiling["Flax"],
             own_milliseconds=1e3 * own[label] if own else None,
-            own_ratio=own[label] / own["flax"] if own and own["flax"] > 0 else None,
+            own_ratio=own[label] / own["Flax"] if own and own["Flax"] > 0 else None,
         )
 
 
@@ -189,7 +189,7 @@ def added(times: Sequence[float], without: Sequence[float]) -> float:
 def norms(name: str, dtype: str) -> dict[str, nn.Module]:
     """Returns the norms of a layer by the names of the variants."""
     variants: dict[str, nn.Module] = {
-        "flax": nn.BatchNorm(use_running_average=False, dtype=dtype)
+        "Flax": nn.BatchNorm(use_running_average=False, dtype=dtype)
     }
     for label, sampler in SAMPLERS.items():
         if len(LAYER_SHAPES[name]) == 1 and ("FS" in label or label == "Lattice"):

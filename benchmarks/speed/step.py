@@ -25,7 +25,7 @@ _MIXED = sbn.MixedSampling(_FS, sbn.VirtualSampling(4))
 VARIANTS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("flax BN", "flax"),
+        Method("Flax BN", "flax"),
         Method("BS 8", sampler=sbn.BatchSampling(8)),
         Method("BS 8 folded", sampler=sbn.BatchSampling(8), folded=True),
         Method("FS 1/64", sampler=_FS),

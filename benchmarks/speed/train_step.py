@@ -37,7 +37,7 @@ from reports import tables
 from speed import timing
 from speed.step import VARIANTS, State, training_step
 
-REFERENCE = "flax BN"
+REFERENCE = "Flax BN"
 TORCH = "PyTorch BN"
 _DEFAULT = (
     REFERENCE,
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     report: dict[str, Any] = {
         "benchmark": "train_step",
-        "what": "one SGD-momentum training step, time against flax's BatchNorm",
+        "what": "one SGD-momentum training step, time against Flax's BatchNorm",
         **describe_device(),
         "dtype": args.dtype,
         "rounds": args.rounds,
