@@ -80,11 +80,11 @@ class SwitchReport:
         norms = "norm" if len(self.norms) == 1 else "norms"
         lines = [f"{len(self.norms)} {norms}: {', '.join(counts)}."]
         if self.count("folded"):
-            lines.append("Folded only where the call is compiled, by jax.jit.")
+            lines.append("Folded only in calls that jax.jit compiles.")
             if not self.fuses_relu:
                 fields = f", or flax_sbn.relu in {', '.join(self.relus)}"
                 lines.append(
-                    "For a relu that stays fused put `with flax_sbn.fused_relu():` "
+                    "To keep a relu fused, put `with flax_sbn.fused_relu():` "
                     f"around the call{fields if self.relus else ''}."
                 )
         console.print("\n".join(lines), markup=False, highlight=False)
@@ -300,9 +300,9 @@ def obstacle(
     if not _is_traced(x):
         return "not compiled: the layer before would run twice"
     if product is None:
-        return "not directly behind a convolution or dense layer"
+        return "not directly after a convolution or dense layer"
     if product.fold is None:
-        return "a class makes the product of its layer"
+        return "a class (..._cls) computes its layer"
     if axis not in (-1, x.ndim - 1):
         return "its features are not last"
     if not needs_key(sampler):

@@ -198,14 +198,14 @@ def test_the_report_says_what_became_of_each_norm_and_why():
         "made": "sampled",
         "dense": "sampled",
     }
-    assert became["after_sum"].reason.startswith("not directly behind")
+    assert became["after_sum"].reason.startswith("not directly after")
     assert became["features_first"].reason == "its features are not last"
-    assert became["made"].reason == "a class makes the product of its layer"
+    assert became["made"].reason == "a class (..._cls) computes its layer"
     assert became["dense"].reason == "so small that the sampler measures all of it"
     text = str(report)
     assert all(name in text for name in became)
     assert "7 norms: 1 folded, 6 sampled, 0 plain." in text
-    assert text.endswith("Folded only where the call is compiled, by jax.jit.")
+    assert text.endswith("Folded only in calls that jax.jit compiles.")
 
     # A norm whose input has nothing to sample from stays as it is.
     model = sbn.linen.sample_norms(Chain(), sbn.FeatureSampling(1 / 4))
