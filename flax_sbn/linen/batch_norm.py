@@ -1,6 +1,7 @@
 """flax.linen.BatchNorm plus a sampler."""
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
@@ -121,31 +122,16 @@ class BatchNorm(nn.BatchNorm, Hooks):
                 self._keep(keep_unmeasured(self._running(features), running))
             return y
 
-        options = self._training(features, mask)
-        y, statistics = ghost_batch_norm(
-            x,
-            *self._affine(features),
-            num_groups=self.ghost_groups,
-            axis=self.axis,
-            **options,
+        norm = functools.partial(
+            ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
-        self._learn(options["running"], statistics)
+        y, _ = self._step(norm, *self._state(features), mask)
         return y
 
     @nn.nowrap
-    def _training(
-        self, features: tuple[int, ...], mask: jax.Array | None
-    ) -> dict[str, Any]:
-        """Returns the options of a training step; see :meth:`Hooks._options`.
-
-        Args:
-          features: extent of the feature axes.
-          mask: see ``__call__``.
-        """
-        key = None
-        if needs_key(self.sampler):
-            key = draw_key(self, self.rng_collection, str(self.sampler))
-        return self._options(self._running(features), key, mask)
+    def _key(self) -> jax.Array:
+        """Draws a key for the sampler."""
+        return draw_key(self, self.rng_collection, str(self.sampler))
 
     @nn.nowrap
     def _folds(self) -> bool:
@@ -154,9 +140,9 @@ class BatchNorm(nn.BatchNorm, Hooks):
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
     @nn.nowrap
-    def _affine(self, features: tuple[int, ...]) -> tuple[jax.Array | None, ...]:
-        """Returns scale and bias, None where the layer has none."""
-        return scale_and_bias(self, features)
+    def _state(self, features: tuple[int, ...]) -> tuple[Any, Statistics]:
+        """Returns scale and bias, None where there is none; the running statistics."""
+        return scale_and_bias(self, features), self._running(features)
 
     @nn.nowrap
     def _running(self, features: tuple[int, ...]) -> Statistics:

@@ -1,5 +1,6 @@
 """A linear layer and its batch norm, joined to the layer before by its statistics."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -141,13 +142,7 @@ class KalmanNorm(nn.Module):
                 axis_index_groups=norm.axis_index_groups,
             )
 
-        options = norm._training(features, mask)
-        y, mixed = kalman_norm(
-            y,
-            *norm._affine(features),
-            prior=prior,
-            prior_weight=self.prior_weight,
-            **options,
+        mixed = functools.partial(
+            kalman_norm, y, prior=prior, prior_weight=self.prior_weight
         )
-        norm._learn(options["running"], mixed)
-        return y, mixed
+        return norm._step(mixed, *norm._state(features), mask)

@@ -1,6 +1,7 @@
 """What the folded Linen layers share: a linear layer and a norm that folds into it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar
 from typing import Any
@@ -140,19 +141,11 @@ class LinearNorm(nn.Module, kw_only=True):
         kernel = linear.scope.param(
             "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
         )
-        features = kernel_shape[-1:]
-        if evaluate:
-            options = norm._evaluation(norm._running(features))
-        else:
-            options = norm._training(features, mask)
-        y, statistics = fold(
-            x,
-            masked_kernel(kernel, getattr(linear, "mask", None)),
-            *norm._affine(features),
-            residual=residual,
-            activation=self.activation,
-            **options,
+        kernel = masked_kernel(kernel, getattr(linear, "mask", None))
+        fold = functools.partial(
+            fold, x, kernel, residual=residual, activation=self.activation
         )
-        if not evaluate:
-            norm._learn(options["running"], statistics)
+        y, _ = norm._step(
+            fold, *norm._state(kernel_shape[-1:]), mask, evaluate=evaluate
+        )
         return y

@@ -325,9 +325,7 @@ class _Interceptor:
         else:
             switching.note(path, "folded", layer=product.path)
             norm = product.norm()
-        given = ours._training(features, mask)
-        y, statistics = norm(*ours._affine(features), **given)
-        ours._learn(given["running"], statistics)
+        y, _ = ours._step(norm, *ours._state(features), mask)
         return y
 
 

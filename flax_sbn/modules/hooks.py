@@ -1,11 +1,13 @@
 """What a batch norm does in training, in Linen as in NNX."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
 
 from flax_sbn.moments import Moments, mean_and_var
 from flax_sbn.renormalization import renormalize
+from flax_sbn.sampling import needs_key
 from flax_sbn.statistics import Statistics, update_running
 
 
@@ -61,36 +63,38 @@ class Hooks:
             and not self.averages_deviations
         )
 
-    def _options(
+    def _step(
         self: Any,
+        norm: Callable[..., tuple[jax.Array, Statistics]],
+        affine: Sequence[jax.Array | None],
         running: Statistics,
-        key: jax.Array | None,
-        mask: jax.Array | None,
-    ) -> dict[str, Any]:
-        """Returns what :func:`batch_norm` and :func:`conv_norm` are told in training.
+        mask: jax.Array | None = None,
+        *,
+        evaluate: bool = False,
+    ) -> tuple[jax.Array, Statistics]:
+        """Returns what ``norm`` does; in training also updates the running statistics.
 
         Args:
+          norm: :func:`batch_norm` or :func:`conv_norm`, less scale, bias and options.
+          affine: scale and bias.
           running: the running statistics.
-          key: for samplers that draw.
           mask: False is not measured.
+          evaluate: normalize with the running statistics.
         """
-        return {
-            "sampler": self.sampler,
-            "key": key,
-            "mask": mask,
-            "axis_name": self.axis_name,
-            "axis_index_groups": self.axis_index_groups,
-            "running": running,
-            "measure": self._measure,
-            "correct": self._correct,
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-        }
-
-    def _evaluation(self: Any, running: Statistics) -> dict[str, Any]:
-        """Returns what :func:`conv_norm` is told at evaluation."""
-        return {"statistics": running, "epsilon": self.epsilon, "dtype": self.dtype}
-
-    def _learn(self: Any, running: Statistics, statistics: Statistics) -> None:
-        """Updates the running statistics with those of a step."""
+        options = {"epsilon": self.epsilon, "dtype": self.dtype}
+        if evaluate:
+            return norm(*affine, statistics=running, **options)
+        y, statistics = norm(
+            *affine,
+            sampler=self.sampler,
+            key=self._key() if needs_key(self.sampler) else None,
+            mask=mask,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            running=running,
+            measure=self._measure,
+            correct=self._correct,
+            **options,
+        )
         self._keep(self._update(running, statistics))
+        return y, statistics

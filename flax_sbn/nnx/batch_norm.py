@@ -1,5 +1,6 @@
 """flax.nnx.BatchNorm plus a sampler."""
 
+import functools
 from typing import Any
 
 import jax
@@ -124,37 +125,26 @@ class BatchNorm(nnx.BatchNorm, Hooks):
                 self._keep(keep_unmeasured(self._running(), running))
             return y
 
-        scale, bias = self._affine()
-        x, _, _, scale, bias = self.promote_dtype(
-            (x, *running, scale, bias), dtype=self.dtype
+        affine, running = self._state()
+        x, _, _, *affine = self.promote_dtype((x, *running, *affine), dtype=self.dtype)
+        norm = functools.partial(
+            ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
-        options = self._training(mask)
-        y, statistics = ghost_batch_norm(
-            x,
-            scale,
-            bias,
-            num_groups=self.ghost_groups,
-            axis=self.axis,
-            **options,
-        )
-        self._learn(options["running"], statistics)
+        y, _ = self._step(norm, affine, running, mask)
         return y
 
-    def _training(self, mask: jax.Array | None) -> dict[str, Any]:
-        """Returns the options of a training step; see :meth:`Hooks._options`."""
-        key = None
-        if needs_key(self.sampler):
-            key = draw_key(self.rngs, self.rng_collection, str(self.sampler))
-        return self._options(self._running(), key, mask)
+    def _key(self) -> jax.Array:
+        """Draws a key for the sampler."""
+        return draw_key(self.rngs, self.rng_collection, str(self.sampler))
 
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""
         wanted = hasattr(self, ALL_INPUTS)
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
-    def _affine(self) -> tuple[jax.Array | None, ...]:
-        """Returns scale and bias, None where the layer has none."""
-        return parameters.values(self.scale, self.bias)
+    def _state(self) -> tuple[Any, Statistics]:
+        """Returns scale and bias, None where there is none; the running statistics."""
+        return parameters.values(self.scale, self.bias), self._running()
 
     def _running(self) -> Statistics:
         """Returns the running statistics."""

@@ -1,5 +1,6 @@
 """A linear layer and its batch norm, joined to the layer before by its statistics."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -139,13 +140,7 @@ class KalmanNorm(nnx.Module):
                 axis_index_groups=norm.axis_index_groups,
             )
 
-        options = norm._training(mask)
-        y, mixed = kalman_norm(
-            y,
-            *norm._affine(),
-            prior=prior,
-            prior_weight=self.prior_weight,
-            **options,
+        mixed = functools.partial(
+            kalman_norm, y, prior=prior, prior_weight=self.prior_weight
         )
-        norm._learn(options["running"], mixed)
-        return y, mixed
+        return norm._step(mixed, *norm._state(), mask)

@@ -1,5 +1,6 @@
 """What the folded NNX layers share: a linear layer and a norm that folds into it."""
 
+import functools
 import inspect
 from typing import Any, ClassVar
 
@@ -112,18 +113,9 @@ class LinearNorm(nnx.Module):
             y = norm(linear(x), use_running_average, mask=mask)
             return add_and_activate(y, residual, activation)
 
-        if evaluate:
-            options = norm._evaluation(norm._running())
-        else:
-            options = norm._training(mask)
-        y, statistics = fold(
-            x,
-            masked_kernel(linear.kernel[...], getattr(linear, "mask", None)),
-            *norm._affine(),
-            residual=residual,
-            activation=activation,
-            **options,
+        kernel = masked_kernel(linear.kernel[...], getattr(linear, "mask", None))
+        fold = functools.partial(
+            fold, x, kernel, residual=residual, activation=activation
         )
-        if not evaluate:
-            norm._learn(options["running"], statistics)
+        y, _ = norm._step(fold, *norm._state(), mask, evaluate=evaluate)
         return y

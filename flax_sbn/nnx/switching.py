@@ -286,8 +286,5 @@ class _Norm(BatchNorm):
             switching.note(self.path, "sampled", reason=why_not)
             return super().__call__(x, use_running_average, mask=mask)
         switching.note(self.path, "folded", layer=product.path)
-        options = self._training(mask)
-        norm = product.norm(self.mean[...])
-        y, statistics = norm(*self._affine(), **options)
-        self._learn(options["running"], statistics)
+        y, _ = self._step(product.norm(self.mean[...]), *self._state(), mask)
         return y
