@@ -23,10 +23,9 @@ from flax_sbn.statistics import Statistics, feature_shape, keep_unmeasured
 _flax_call = inspect.unwrap(nn.BatchNorm.__call__)
 
 
-def shared_options(layer: nn.Module) -> dict[str, Any]:
-    """Returns the fields that a layer has in common with :class:`BatchNorm`."""
-    own = {"parent", "name"}
-    names = {field.name for field in dataclasses.fields(BatchNorm)} - own
+def shared_options(layer: nn.Module, cls: type[nn.Module]) -> dict[str, Any]:
+    """Returns the fields that a layer has in common with a class."""
+    names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
     return {name: getattr(layer, name) for name in names if hasattr(layer, name)}
 
 
@@ -125,7 +124,7 @@ class BatchNorm(nn.BatchNorm, Hooks):
         norm = functools.partial(
             ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
         )
-        y, _ = self._step(norm, *self._state(features), mask)
+        y, _ = self._step(norm, *self._values(features), mask)
         return y
 
     @nn.nowrap
@@ -140,7 +139,7 @@ class BatchNorm(nn.BatchNorm, Hooks):
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
     @nn.nowrap
-    def _state(self, features: tuple[int, ...]) -> tuple[Any, Statistics]:
+    def _values(self, features: tuple[int, ...]) -> tuple[Any, Statistics]:
         """Returns scale and bias, None where there is none; the running statistics."""
         return scale_and_bias(self, features), self._running(features)
 

@@ -99,7 +99,10 @@ class BNET(nn.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        options = shared_options(self) | {"use_bias": False, "use_scale": False}
+        options = shared_options(self, BatchNorm) | {
+            "use_bias": False,
+            "use_scale": False,
+        }
         y = BatchNorm(**options, name="norm")(x, use_running_average, mask=mask)
 
         window = self.kernel_size

@@ -8,6 +8,7 @@ import jax
 from flax import linen as nn
 
 from flax_sbn.convolution import Extents, Padding
+from flax_sbn.linen.batch_norm import shared_options
 from flax_sbn.linen.linear_norm import LinearNorm
 
 
@@ -105,24 +106,8 @@ class ConvNorm(LinearNorm):
 
     @nn.nowrap
     def _linear(self, x: jax.Array) -> tuple[nn.Conv, tuple[int, ...]]:
-        conv = nn.Conv(
-            self.features,
-            self.kernel_size,
-            self.strides,
-            self.padding,
-            self.input_dilation,
-            self.kernel_dilation,
-            self.feature_group_count,
-            use_bias=self._has_bias("conv"),
-            mask=self.mask,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.kernel_init,
-            conv_general_dilated=self.conv_general_dilated,
-            conv_general_dilated_cls=self.conv_general_dilated_cls,
-            name="conv",
-        )
+        options = shared_options(self, nn.Conv) | {"use_bias": self._has_bias("conv")}
+        conv = nn.Conv(**options, name="conv")
         window = self.kernel_size
         window = (window,) if isinstance(window, int) else tuple(window)
         kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)

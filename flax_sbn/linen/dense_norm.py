@@ -6,6 +6,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from flax_sbn.linen.batch_norm import shared_options
 from flax_sbn.linen.linear_norm import LinearNorm
 
 
@@ -58,16 +59,5 @@ class DenseNorm(LinearNorm):
 
     @nn.nowrap
     def _linear(self, x: jax.Array) -> tuple[nn.Dense, tuple[int, ...]]:
-        dense = nn.Dense(
-            self.features,
-            use_bias=self._has_bias("dense"),
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            kernel_init=self.kernel_init,
-            dot_general=self.dot_general,
-            dot_general_cls=self.dot_general_cls,
-            name="dense",
-        )
-        kernel_shape = (x.shape[-1], self.features)
-        return dense, kernel_shape
+        options = shared_options(self, nn.Dense) | {"use_bias": self._has_bias("dense")}
+        return nn.Dense(**options, name="dense"), (x.shape[-1], self.features)

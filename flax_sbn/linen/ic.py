@@ -111,7 +111,7 @@ class IC(nn.Module):
         evaluate = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        options = shared_options(self) | {"use_running_average": evaluate}
+        options = shared_options(self, BatchNorm) | {"use_running_average": evaluate}
         y = BatchNorm(**options, name="norm")(x, mask=mask)
         # Nothing is drawn in `init`, so that it needs no stream but 'params'.
         return nn.Dropout(self.rate, name="dropout")(

@@ -145,4 +145,4 @@ class KalmanNorm(nn.Module):
         mixed = functools.partial(
             kalman_norm, y, prior=prior, prior_weight=self.prior_weight
         )
-        return norm._step(mixed, *norm._state(features), mask)
+        return norm._step(mixed, *norm._values(features), mask)

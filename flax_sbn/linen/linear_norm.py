@@ -124,7 +124,7 @@ class LinearNorm(nn.Module, kw_only=True):
                 )
             return add_and_activate(linear(x), residual, self.activation)
 
-        options = shared_options(self) | {
+        options = shared_options(self, BatchNorm) | {
             "use_running_average": evaluate,
             "use_bias": self.norm_bias,
             "use_scale": self.norm_scale,
@@ -146,6 +146,6 @@ class LinearNorm(nn.Module, kw_only=True):
             fold, x, kernel, residual=residual, activation=self.activation
         )
         y, _ = norm._step(
-            fold, *norm._state(kernel_shape[-1:]), mask, evaluate=evaluate
+            fold, *norm._values(kernel_shape[-1:]), mask, evaluate=evaluate
         )
         return y

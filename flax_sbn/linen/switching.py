@@ -13,19 +13,13 @@ from flax.linen.dtypes import promote_dtype
 
 from flax_sbn.activation import fused_relu
 from flax_sbn.lattice import LatticeSampling
-from flax_sbn.linen.batch_norm import BatchNorm
+from flax_sbn.linen.batch_norm import BatchNorm, shared_options
 from flax_sbn.modules import switching
 from flax_sbn.normalization import batch_norm
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import feature_shape
 
 M = TypeVar("M", bound=nn.Module)
-
-_FIELDS = [
-    field.name
-    for field in dataclasses.fields(nn.BatchNorm)
-    if field.name not in ("parent", "name")
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,12 +295,9 @@ class _Interceptor:
         ):
             switching.note(path, "plain", reason=switching.EVALUATED)
             return plain()
-        fields = {
-            name: getattr(module, name) for name in _FIELDS if hasattr(module, name)
-        }
         sampler = options.sampler
         ours = BatchNorm(
-            **fields,
+            **shared_options(module, nn.BatchNorm),
             sampler=sampler,
             running_weight=options.running_weight,
             rng_collection=options.rng_collection,
@@ -325,7 +316,7 @@ class _Interceptor:
         else:
             switching.note(path, "folded", layer=product.path)
             norm = product.norm()
-        y, _ = ours._step(norm, *ours._state(features), mask)
+        y, _ = ours._step(norm, *ours._values(features), mask)
         return y
 
 

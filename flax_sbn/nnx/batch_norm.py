@@ -125,7 +125,7 @@ class BatchNorm(nnx.BatchNorm, Hooks):
                 self._keep(keep_unmeasured(self._running(), running))
             return y
 
-        affine, running = self._state()
+        affine, running = self._values()
         x, _, _, *affine = self.promote_dtype((x, *running, *affine), dtype=self.dtype)
         norm = functools.partial(
             ghost_batch_norm, x, num_groups=self.ghost_groups, axis=self.axis
@@ -142,7 +142,7 @@ class BatchNorm(nnx.BatchNorm, Hooks):
         wanted = hasattr(self, ALL_INPUTS)
         return self.sampler is not None and self.ghost_groups == 1 and not wanted
 
-    def _state(self) -> tuple[Any, Statistics]:
+    def _values(self) -> tuple[Any, Statistics]:
         """Returns scale and bias, None where there is none; the running statistics."""
         return parameters.values(self.scale, self.bias), self._running()
 

@@ -80,12 +80,9 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
             )
     for linear, layer in unfolded:
         assert layer.norm is not None
-        kernel, bias = fold(
-            linear.kernel[...],
-            layer.norm._running(),
-            *layer.norm._affine(),
-            epsilon=layer.norm.epsilon,
-        )
+        affine, running = layer.norm._values()
+        epsilon = layer.norm.epsilon
+        kernel, bias = fold(linear.kernel[...], running, *affine, epsilon=epsilon)
         linear.bias = _bias(bias, linear.kernel, layer.norm)
         linear.kernel = cast(nnx.Param[jax.Array], linear.kernel.replace(kernel))
         linear.use_bias = True

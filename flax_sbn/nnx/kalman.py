@@ -143,4 +143,4 @@ class KalmanNorm(nnx.Module):
         mixed = functools.partial(
             kalman_norm, y, prior=prior, prior_weight=self.prior_weight
         )
-        return norm._step(mixed, *norm._state(), mask)
+        return norm._step(mixed, *norm._values(), mask)

@@ -117,5 +117,5 @@ class LinearNorm(nnx.Module):
         fold = functools.partial(
             fold, x, kernel, residual=residual, activation=activation
         )
-        y, _ = norm._step(fold, *norm._state(), mask, evaluate=evaluate)
+        y, _ = norm._step(fold, *norm._values(), mask, evaluate=evaluate)
         return y
