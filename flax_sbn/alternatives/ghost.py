@@ -1,5 +1,7 @@
 """Ghost batch norm: groups of images that are normalized separately."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,11 +68,9 @@ def ghost_batch_norm(
     groups is ours.
     """
     x = jnp.asarray(x)
-    options = {"axis": axis, **options}
+    norm_group: Callable[..., Any] = functools.partial(batch_norm, axis=axis, **options)
     if num_groups == 1:
-        return batch_norm(
-            x, scale, bias, key=key, mask=mask, running=running, **options
-        )
+        return norm_group(x, scale, bias, key=key, mask=mask, running=running)
     axes = reduction_axes(x.ndim, axis)
     if not axes:
         raise ValueError(
@@ -84,18 +84,11 @@ def ghost_batch_norm(
             f"size {x.shape[batch]}. Change either."
         )
 
-    def norm_groups(
-        x: jax.Array,
-        scale: ArrayLike | None,
-        bias: ArrayLike | None,
-        key: jax.Array | None,
-        mask: jax.Array | None,
-        running: Statistics | None,
-    ) -> tuple[jax.Array, Statistics]:
-        def norm(x: jax.Array, key: jax.Array | None, mask: jax.Array | None) -> Any:
-            return batch_norm(
-                x, scale, bias, key=key, mask=mask, running=running, **options
-            )
+    def norm_groups(x: jax.Array, *arrays: Any) -> tuple[jax.Array, Statistics]:
+        scale, bias, key, mask, running = arrays
+
+        def norm(x: jax.Array, key: Any, mask: Any) -> tuple[jax.Array, Statistics]:
+            return norm_group(x, scale, bias, key=key, mask=mask, running=running)
 
         shape = (*x.shape[:batch], num_groups, -1, *x.shape[batch + 1 :])
         keys = None if key is None else jax.random.split(key, num_groups)

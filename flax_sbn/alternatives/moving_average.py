@@ -237,8 +237,8 @@ def center_kernel(kernel: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Ar
     if kernel.ndim < 2 or kernel.size == kernel.shape[-1]:
         raise ValueError(
             "Expected a kernel with two or more weights for each output, got a kernel "
-            f"of shape {kernel.shape}: less its mean it is zero. Use a layer without "
-            "centering here."
+            f"of shape {kernel.shape}: less its mean it is zero. Use a plain layer "
+            "here."
         )
     axes = tuple(range(kernel.ndim - 1))
     kept = jnp.ones(kernel.shape, bool) if mask is None else jnp.asarray(mask, bool)

@@ -11,6 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from flax_sbn.activation import Activation
+from flax_sbn.alternatives.moving_average import center_kernel
 from flax_sbn.moments import wide
 
 
@@ -63,35 +64,17 @@ def standardize_kernel(
     gap in unnormalized ResNets", arXiv 2101.08692. The mask is ours.
     """
     kernel = jnp.asarray(kernel)
-    if kernel.ndim < 2 or math.prod(kernel.shape[:-1]) == 1:
+    if gain is not None and jnp.shape(gain) != kernel.shape[-1:]:
         raise ValueError(
-            "Expected a kernel with a fan-in of two or more, got a kernel of shape "
-            f"{kernel.shape}: less its mean it is zero. Use a layer without "
-            "standardization here."
+            f"Expected gain of shape {kernel.shape[-1:]} for a kernel of shape "
+            f"{kernel.shape}, got gain of shape {jnp.shape(gain)}."
         )
-    for name, given, shape in (
-        ("gain", gain, kernel.shape[-1:]),
-        ("mask", mask, kernel.shape),
-    ):
-        if given is not None and jnp.shape(given) != shape:
-            raise ValueError(
-                f"Expected {name} of shape {shape} for a kernel of shape "
-                f"{kernel.shape}, got {name} of shape {jnp.shape(given)}."
-            )
-    axes = tuple(range(kernel.ndim - 1))
-    values = wide(kernel)
-    kept = jnp.ones(kernel.shape, bool) if mask is None else jnp.asarray(mask, bool)
-    fan_in = jnp.maximum(kept.sum(axes, dtype=values.dtype, keepdims=True), 1)
-    mean = values.sum(axes, where=kept, keepdims=True) / fan_in
-    centered = jnp.where(kept, values - mean, 0)
-    squares = jnp.square(centered).sum(axes, keepdims=True)
-    y = centered * lax.rsqrt(jnp.maximum(squares, epsilon))
-    if gain is None:
-        return y.astype(canonicalize_dtype(kernel))
-    gain = jnp.asarray(gain)
-    return (y * jnp.broadcast_to(gain, y.shape)).astype(
-        canonicalize_dtype(kernel, gain)
-    )
+    y = center_kernel(wide(kernel), mask=mask)
+    squares = jnp.square(y).sum(range(y.ndim - 1), keepdims=True)
+    y *= lax.rsqrt(jnp.maximum(squares, epsilon))
+    if gain is not None:
+        y *= jnp.broadcast_to(jnp.asarray(gain), y.shape)
+    return y.astype(canonicalize_dtype(kernel, gain))
 
 
 def activation_gain(activation: Activation) -> float:

@@ -5,9 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
-from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.batchless import (
     batchless_init,
@@ -19,7 +16,7 @@ from flax_sbn.nnx.loss import sow_loss
 from flax_sbn.nnx.modes import evaluates
 
 
-class BatchlessNorm(nnx.Module):
+class BatchlessNorm(parameters.Normalizer):
     r"""Normalization with a mean and a scale that are parameters.
 
     .. math::
@@ -39,15 +36,10 @@ class BatchlessNorm(nnx.Module):
       num_features: number of features ``C``.
       use_running_average: sow nothing (evaluation). There is no average: the name is
         that of Flax's batch normalization, which ``model.eval()`` sets.
-      axis: the feature axis.
       epsilon: added to the variance.
-      dtype: dtype of the result; by default that of the input and parameters.
-      param_dtype: dtype of the parameters.
-      use_bias: whether there is a bias.
-      use_scale: whether there is a scale after the normalization.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
       rngs: keys for the parameters.
+      **options: ``axis``, ``dtype``, ``param_dtype``, ``use_bias``, ``use_scale``,
+        ``bias_init`` and ``scale_init``, as in :class:`flax.nnx.BatchNorm`.
 
     Raises:
       ValueError: if ``axis`` is out of range or ``epsilon`` is negative.
@@ -75,27 +67,14 @@ class BatchlessNorm(nnx.Module):
         num_features: int,
         *,
         use_running_average: bool = False,
-        axis: int = -1,
         epsilon: float = 1e-5,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        zeros = jnp.zeros(num_features, param_dtype)
+        super().__init__(num_features, rngs=rngs, **options)
+        zeros = jnp.zeros(num_features, self.param_dtype)
         self.mean, self.log_scale = nnx.Param(zeros), nnx.Param(zeros)
-        self.scale, self.bias = parameters.make(
-            scale_init if use_scale else None,
-            bias_init if use_bias else None,
-            num_features=num_features,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-        self.use_running_average = use_running_average
-        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        self.use_running_average, self.epsilon = use_running_average, epsilon
         self.initializing = False
 
     def __call__(

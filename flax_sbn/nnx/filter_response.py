@@ -1,5 +1,7 @@
 """Filter response normalization and its activation, as NNX layers."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,7 +13,7 @@ from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
 from flax_sbn.nnx import parameters
 
 
-class FilterResponseNorm(nnx.Module):
+class FilterResponseNorm(parameters.Normalizer):
     r"""Filter response normalization: each feature map by its root mean square.
 
     .. math::
@@ -26,18 +28,13 @@ class FilterResponseNorm(nnx.Module):
 
     Args:
       num_features: number of features ``C``.
-      axis: the feature axis.
       epsilon: its absolute value is added to the mean square.
       learn_epsilon: learn one epsilon for each feature in the place of ``epsilon``; for
         maps of a single value, of which little but the sign is left otherwise.
-      dtype: dtype of the result; by default that of input and parameters promoted.
-      param_dtype: dtype of the parameters.
-      use_bias: whether a bias is added.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
       epsilon_init: where a learned epsilon starts.
       rngs: keys for the parameters.
+      **options: ``axis``, ``dtype``, ``param_dtype``, ``use_bias``, ``use_scale``,
+        ``bias_init`` and ``scale_init``, as in :class:`flax.nnx.BatchNorm`.
 
     Raises:
       ValueError: if ``axis`` is out of range, or the input has another number of
@@ -58,28 +55,15 @@ class FilterResponseNorm(nnx.Module):
         self,
         num_features: int,
         *,
-        axis: int = -1,
         epsilon: float = 1e-6,
         learn_epsilon: bool = False,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         epsilon_init: float = 1e-4,
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        self.axis, self.dtype = axis, dtype
-        self.scale, self.bias = parameters.make(
-            scale_init if use_scale else None,
-            bias_init if use_bias else None,
-            num_features=num_features,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        super().__init__(num_features, rngs=rngs, **options)
         self.epsilon = (
-            nnx.Param(jnp.full(num_features, epsilon_init, param_dtype))
+            nnx.Param(jnp.full(num_features, epsilon_init, self.param_dtype))
             if learn_epsilon
             else epsilon
         )

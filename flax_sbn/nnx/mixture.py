@@ -3,11 +3,7 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
-from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.mixture import (
     Mixture,
@@ -19,7 +15,7 @@ from flax_sbn.nnx import parameters
 from flax_sbn.nnx.modes import evaluates
 
 
-class MixtureNorm(nnx.Module):
+class MixtureNorm(parameters.Normalizer):
     r"""Normalizes by the modes of the batch: a mixture of normal distributions.
 
     .. math::
@@ -34,19 +30,14 @@ class MixtureNorm(nnx.Module):
     Args:
       num_features: number of features ``C``.
       use_running_average: normalize with the running mixture (evaluation).
-      axis: the feature axis.
       momentum: decay rate of the running mixture; the first batch replaces it.
       epsilon: added to the variances.
-      dtype: dtype of the result; by default that of input and parameters promoted.
-      param_dtype: dtype of the parameters.
-      use_bias: whether a bias is added.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
       axis_name: devices that fit one mixture.
       num_components: the number of components ``K``; 1 is batch norm.
       num_steps: steps of expectation maximization for each batch, at least 1.
       rngs: keys for the parameters.
+      **options: ``axis``, ``dtype``, ``param_dtype``, ``use_bias``, ``use_scale``,
+        ``bias_init`` and ``scale_init``, as in :class:`flax.nnx.BatchNorm`.
 
     Raises:
       ValueError: if ``axis`` is out of range, the input has another number of features,
@@ -70,30 +61,17 @@ class MixtureNorm(nnx.Module):
         num_features: int,
         *,
         use_running_average: bool = False,
-        axis: int = -1,
         momentum: float = 0.99,
         epsilon: float = 1e-5,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         axis_name: str | tuple[str, ...] | None = None,
         num_components: int = 3,
         num_steps: int = 2,
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        self.use_running_average = use_running_average
-        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        super().__init__(num_features, rngs=rngs, **options)
+        self.use_running_average, self.epsilon = use_running_average, epsilon
         self.axis_name, self.momentum, self.num_steps = axis_name, momentum, num_steps
-        self.scale, self.bias = parameters.make(
-            scale_init if use_scale else None,
-            bias_init if use_bias else None,
-            num_features=num_features,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
         initial = initial_mixture(num_components, (num_features,))
         self.step, self.weight, self.mean, self.var = map(nnx.BatchStat, initial)
 

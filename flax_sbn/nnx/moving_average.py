@@ -5,9 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn import initializers
-from jax.nn.initializers import Initializer
-from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.moving_average import (
     MovingAverages,
@@ -37,7 +34,7 @@ class OverwriteWithGradient(nnx.Variable[Any]):
     """
 
 
-class MovingAverageBatchNorm(nnx.Module):
+class MovingAverageBatchNorm(parameters.Normalizer):
     r"""Batch norm for micro-batches: averages over the last steps, in both directions.
 
     .. math::
@@ -59,15 +56,8 @@ class MovingAverageBatchNorm(nnx.Module):
     Args:
       num_features: number of features ``C``.
       use_running_average: normalize with ``var`` (evaluation).
-      axis: the feature axis.
       momentum: decay rate of ``var``.
       epsilon: added to the mean squares.
-      dtype: dtype of the result; by default that of input and parameters promoted.
-      param_dtype: dtype of the parameters.
-      use_bias: whether a bias is added.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
       axis_name: devices that pool their averages.
       window: how many steps are averaged over; times the images of a step, the batch
         size to be simulated.
@@ -75,6 +65,8 @@ class MovingAverageBatchNorm(nnx.Module):
       renorm_warmup: steps before :math:`r` is.
       r_max: limit of :math:`r`, at least 1.
       rngs: keys for the parameters.
+      **options: ``axis``, ``dtype``, ``param_dtype``, ``use_bias``, ``use_scale``,
+        ``bias_init`` and ``scale_init``, as in :class:`flax.nnx.BatchNorm`.
 
     Raises:
       ValueError: if ``axis`` is out of range, the input has another number of features,
@@ -104,33 +96,20 @@ class MovingAverageBatchNorm(nnx.Module):
         num_features: int,
         *,
         use_running_average: bool = False,
-        axis: int = -1,
         momentum: float = 0.98,
         epsilon: float = 1e-5,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
         axis_name: str | tuple[str, ...] | None = None,
         window: int = 16,
         warmup: int = 100,
         renorm_warmup: int = 1000,
         r_max: float = 5.0,
         rngs: nnx.Rngs,
+        **options: Any,
     ) -> None:
-        self.use_running_average = use_running_average
-        self.axis, self.epsilon, self.dtype = axis, epsilon, dtype
+        super().__init__(num_features, rngs=rngs, **options)
+        self.use_running_average, self.epsilon = use_running_average, epsilon
         self.axis_name, self.momentum, self.warmup = axis_name, momentum, warmup
         self.renorm_warmup, self.r_max = renorm_warmup, r_max
-        self.scale, self.bias = parameters.make(
-            scale_init if use_scale else None,
-            bias_init if use_bias else None,
-            num_features=num_features,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
         initial = moving_averages((num_features,), window)
         self.step, self.chi, self.var = map(nnx.BatchStat, initial)
         self.psi = OverwriteWithGradient(jnp.zeros_like(initial.chi))

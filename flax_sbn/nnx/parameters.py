@@ -1,26 +1,37 @@
-"""Parameters with a number for each feature, and their arrays; any may be missing."""
-
-from collections.abc import Iterator
+"""Scale, bias and options that NNX layers beside batch norm have in common."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 
-def make(
-    *inits: Initializer | None,
-    num_features: int,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> Iterator[nnx.Param[jax.Array] | None]:
-    """Yields a parameter ``(num_features,)`` for each initializer, None for None."""
-    for init in inits:
-        yield (
-            nnx.data(None)
-            if init is None
-            else nnx.Param(init(rngs.params(), (num_features,), param_dtype))
-        )
+class Normalizer(nnx.Module):
+    """Scale and bias, None where there is none, and options of the normalization."""
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        axis: int = -1,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        rngs: nnx.Rngs,
+    ) -> None:
+        def make(use: bool, init: Initializer) -> nnx.Param[jax.Array] | None:
+            if not use:
+                return nnx.data(None)
+            return nnx.Param(init(rngs.params(), (num_features,), param_dtype))
+
+        self.scale = make(use_scale, scale_init)
+        self.bias = make(use_bias, bias_init)
+        self.axis, self.dtype, self.param_dtype = axis, dtype, param_dtype
 
 
 def values(*params: nnx.Param[jax.Array] | None) -> tuple[jax.Array | None, ...]:
