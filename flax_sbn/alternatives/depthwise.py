@@ -9,8 +9,9 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
+from flax_sbn.convolution import Convolution
 from flax_sbn.normalization import batch_norm
-from flax_sbn.statistics import Statistics
+from flax_sbn.statistics import Statistics, of_features
 
 
 def bnet(
@@ -108,27 +109,15 @@ def depthwise_affine(
             f"for an input of shape {x.shape}, got a kernel of shape {kernel.shape}. "
             "Give kernel_size one number for each spatial axis."
         )
-    if bias is not None and jnp.shape(bias) != (features,):
-        raise ValueError(
-            f"Expected bias of shape {(features,)} for an input of shape {x.shape}, "
-            f"got bias of shape {jnp.shape(bias)}."
-        )
-    last, *window = x.ndim - 1, *range(x.ndim - 2)
-    y = lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=[1] * len(window),
-        padding="SAME",
-        dimension_numbers=lax.ConvDimensionNumbers(
-            lhs_spec=(0, last, *range(1, last)),
-            rhs_spec=(last, last - 1, *window),
-            out_spec=(0, last, *range(1, last)),
-        ),
-        feature_group_count=features,
+    ones = (1,) * (x.ndim - 2)
+    convolution = Convolution(
+        *(ones, ones, "SAME", ones, ones), features, None, lax.conv_general_dilated
     )
+    y = convolution(x, kernel)
     if bias is None:
         return y
-    return y + jnp.expand_dims(jnp.asarray(bias, dtype), range(y.ndim - 1))
+    bias = of_features("bias", jnp.asarray(bias, dtype), x.shape, -1)
+    return y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
 def identity_kernel(

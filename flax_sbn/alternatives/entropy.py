@@ -14,6 +14,7 @@ from flax_sbn.statistics import (
     Axis,
     batch_statistics,
     broadcast_mask,
+    feature_shape,
     reduction_axes,
 )
 
@@ -164,7 +165,7 @@ def _aligned(
     """Returns ``x`` and the means in float32 or wider, the mask, the axes to reduce."""
     x, means = jnp.asarray(x), jnp.asarray(means)
     axes = reduction_axes(x.ndim, axis)
-    shape = (2, *(n for a, n in enumerate(x.shape) if a not in axes))
+    shape = (2, *feature_shape(x.shape, axis))
     if means.shape != shape:
         raise ValueError(
             f"Expected means of shape {shape}, got means of shape {means.shape} for an "

@@ -4,6 +4,7 @@ Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``I`` input 
 ``C`` output features.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -275,3 +276,37 @@ def add_statistics(a: Statistics, b: Statistics) -> Statistics:
         return jnp.pad(a, (0, width - a.size)) + jnp.pad(b, (0, width - b.size))
 
     return Statistics(add(a.mean, b.mean), add(a.var, b.var))
+
+
+class KalmanHooks:
+    """What the layer does in training, in Linen as in NNX."""
+
+    def _train(
+        self: Any,
+        x: jax.Array,
+        y: jax.Array,
+        statistics: Statistics | None,
+        *step: Any,
+    ) -> tuple[jax.Array, Statistics]:
+        """Normalizes the linear layer's output ``y``; ``step`` is for the norm."""
+        norm = self.norm
+        if norm.ghost_groups != 1:
+            raise ValueError(
+                f"Expected norm.ghost_groups=1, got {norm.ghost_groups}. Map the "
+                "network over the groups, each with statistics of its own."
+            )
+        prior = None
+        if statistics is not None:
+            prior = kalman_prior(
+                self._key(),
+                statistics,
+                self.linear,
+                (self.num_virtual, *x.shape[1:]),
+                activation=self.input_activation,
+                axis_name=norm.axis_name,
+                axis_index_groups=norm.axis_index_groups,
+            )
+        mixed = functools.partial(
+            kalman_norm, y, prior=prior, prior_weight=self.prior_weight
+        )
+        return norm._step(mixed, *step)

@@ -13,7 +13,13 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.moments import wide
 from flax_sbn.normalization import normalize
-from flax_sbn.statistics import Axis, Statistics, broadcast_mask, reduction_axes
+from flax_sbn.statistics import (
+    Axis,
+    Statistics,
+    broadcast_mask,
+    feature_shape,
+    reduction_axes,
+)
 
 
 class Mixture(NamedTuple):
@@ -333,15 +339,14 @@ def _flat(mixture: Mixture) -> Mixture:
 
 def _points(x: jax.Array, mixture: Mixture, axis: Axis) -> jax.Array:
     """Returns the input's feature vectors, in float32 or wider."""
-    order = _points_first(x, axis)
-    features = tuple(x.shape[a] for a in order[len(reduction_axes(x.ndim, axis)) :])
+    features = feature_shape(x.shape, axis)
     if mixture.mean.shape != (*mixture.weight.shape, *features):
         raise ValueError(
             f"Expected components of shape {features} for an input of shape {x.shape} "
             f"and {axis=}, got means of shape {mixture.mean.shape} of "
             f"{len(mixture.weight)} components. Is `axis` the feature axis?"
         )
-    return wide(x.transpose(order)).reshape(-1, math.prod(features))
+    return wide(x.transpose(_points_first(x, axis))).reshape(-1, math.prod(features))
 
 
 def _points_first(x: jax.Array, axis: Axis) -> tuple[int, ...]:
@@ -360,8 +365,7 @@ def _finish(
     """Returns the points as an array like ``x``, times scale, plus bias."""
     order = _points_first(x, axis)
     y = y.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
-    axes = reduction_axes(x.ndim, axis)
-    ones = jnp.ones([n for a, n in enumerate(x.shape) if a not in axes], y.dtype)
+    ones = jnp.ones(feature_shape(x.shape, axis), y.dtype)
     return normalize(
         y,
         Statistics(jnp.zeros_like(ones), ones),

@@ -2,13 +2,29 @@
 
 from typing import Any
 
-import jax
 from flax import linen as nn
 
 from flax_sbn.alternatives.weight_standardization import standardize_kernel
 
 
-class WSConv(nn.Conv):
+class Standardized(nn.Module):
+    """Mixed into a linear layer: standardizes its kernel."""
+
+    gain_init: nn.initializers.Initializer = nn.initializers.ones
+
+    @nn.nowrap
+    def param(self, name: str, *args: Any, **options: Any) -> Any:
+        """Makes or returns a parameter; the kernel standardized."""
+        value = super().param(name, *args, **options)
+        if name != "kernel":
+            return value
+        layer: Any = self
+        features, dtype = value.shape[-1:], layer.param_dtype
+        gain = super().param("gain", self.gain_init, features, dtype)
+        return standardize_kernel(value, gain, mask=getattr(self, "mask", None))
+
+
+class WSConv(Standardized, nn.Conv):
     r"""Convolution with scaled weight standardization.
 
     .. math::
@@ -40,16 +56,8 @@ class WSConv(nn.Conv):
     gap in unnormalized ResNets", arXiv 2101.08692.
     """
 
-    gain_init: nn.initializers.Initializer = nn.initializers.ones
 
-    @nn.nowrap
-    def param(self, name: str, *args: Any, **options: Any) -> Any:
-        """Makes or returns a parameter; the kernel standardized."""
-        value = super().param(name, *args, **options)
-        return _standardized(self, value) if name == "kernel" else value
-
-
-class WSDense(nn.Dense):
+class WSDense(Standardized, nn.Dense):
     r"""Dense layer with scaled weight standardization.
 
     .. math::
@@ -75,16 +83,3 @@ class WSDense(nn.Dense):
     Source: Brock et al., "Characterizing signal propagation to close the performance
     gap in unnormalized ResNets", arXiv 2101.08692.
     """
-
-    gain_init: nn.initializers.Initializer = nn.initializers.ones
-
-    @nn.nowrap
-    def param(self, name: str, *args: Any, **options: Any) -> Any:
-        """Makes or returns a parameter; the kernel standardized."""
-        value = super().param(name, *args, **options)
-        return _standardized(self, value) if name == "kernel" else value
-
-
-def _standardized(layer: Any, kernel: jax.Array) -> jax.Array:
-    gain = layer.param("gain", layer.gain_init, kernel.shape[-1:], layer.param_dtype)
-    return standardize_kernel(kernel, gain, mask=getattr(layer, "mask", None))

@@ -1,20 +1,19 @@
 """A linear layer and its batch norm, joined to the layer before by its statistics."""
 
-import functools
 from collections.abc import Callable
 
 import jax
 from flax import nnx
 
 from flax_sbn.activation import Activation, relu
-from flax_sbn.alternatives.kalman import kalman_norm, kalman_prior
+from flax_sbn.alternatives.kalman import KalmanHooks
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.nnx.modes import evaluates
 from flax_sbn.statistics import Statistics
 
 
-class KalmanNorm(nnx.Module):
+class KalmanNorm(KalmanHooks, nnx.Module):
     r"""Kalman normalization: a layer that knows the statistics of the one before.
 
     Statistics of a few images are noisy. Those of the layer before, carried through
@@ -123,24 +122,7 @@ class KalmanNorm(nnx.Module):
             y = norm(y, use_running_average, mask=mask)
             return y, norm._running()
 
-        if norm.ghost_groups != 1:
-            raise ValueError(
-                f"Expected norm.ghost_groups=1, got {norm.ghost_groups}. Map the "
-                "network over the groups, each with statistics of its own."
-            )
-        prior = None
-        if statistics is not None:
-            prior = kalman_prior(
-                self.rngs(),
-                statistics,
-                self.linear,
-                (self.num_virtual, *x.shape[1:]),
-                activation=self.input_activation,
-                axis_name=norm.axis_name,
-                axis_index_groups=norm.axis_index_groups,
-            )
+        return self._train(x, y, statistics, *norm._values(), mask)
 
-        mixed = functools.partial(
-            kalman_norm, y, prior=prior, prior_weight=self.prior_weight
-        )
-        return norm._step(mixed, *norm._values(), mask)
+    def _key(self) -> jax.Array:
+        return self.rngs()
