@@ -80,11 +80,8 @@ class Layer:
         self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
     ) -> list[jax.Array]:
         """Returns the linear layer's output at the positions of each part."""
-        values = []
-        for part in parts:
-            below, here = self.linear.below(x, part, self.shape[1:-1])
-            values.append(here(below, kernel))
-        return values
+        below = (self.linear.below(x, part, self.shape[1:-1]) for part in parts)
+        return [here(x, kernel) for x, here in below]
 
     def mean_below(self, parts: Sequence[Part], x: jax.Array) -> jax.Array | None:
         """Returns the input's mean below the positions, if rounding needs it."""

@@ -70,7 +70,6 @@ _TESTS = {
     "input_statistics": ["optim"],
     "activation": ["test_folding.py", "test_folding_bfloat16.py"],
     "lattice": ["test_lattice.py", "test_sampling.py"],
-    "counting": ["alternatives/test_batch_renorm.py"],
 }
 # Of a survivor of those.
 _ALL = ["test_every_layer.py", "test_folding.py", "test_linen.py", "test_nnx.py"]

@@ -11,8 +11,7 @@ from flax import linen as nn
 
 from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
-from flax_sbn.linen.affine import scale_and_bias
-from flax_sbn.linen.keys import draw_key
+from flax_sbn.linen.variables import draw_key, evaluates, scale_and_bias
 from flax_sbn.modules.estimation import ALL_INPUTS
 from flax_sbn.modules.hooks import Hooks
 from flax_sbn.sampling import Sampler, needs_key
@@ -104,9 +103,7 @@ class BatchNorm(nn.BatchNorm, Hooks):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         # These complain, also where nothing is measured.
         features = feature_shape(x.shape, self.axis)
         needs_key(self.sampler)
@@ -158,3 +155,36 @@ class BatchNorm(nn.BatchNorm, Hooks):
         """Keeps the running statistics for the next step."""
         self.put_variable("batch_stats", "mean", running.mean)
         self.put_variable("batch_stats", "var", running.var)
+
+
+# Not wrapped a second time.
+_batch_norm_call = inspect.unwrap(BatchNorm.__call__)
+
+
+class CountingBatchNorm(BatchNorm):
+    """:class:`BatchNorm` with the number of training steps so far, ``step``, int32."""
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes ``x``; see :class:`BatchNorm`."""
+        self.variable("batch_stats", "step", jnp.zeros, (), jnp.int32)
+        return _batch_norm_call(self, x, use_running_average, mask=mask)
+
+    @nn.nowrap
+    def _num_steps(self) -> jax.Array:
+        """Returns the number of training steps so far."""
+        assert self.scope is not None
+        scope = self.scope.rewound()  # `__call__` asks for it, too
+        return scope.variable("batch_stats", "step", jnp.zeros, (), jnp.int32).value
+
+    @nn.nowrap
+    def _keep(self, running: Statistics) -> None:
+        """Keeps the running statistics for the next step, and counts this one."""
+        super()._keep(running)
+        self.put_variable("batch_stats", "step", self._num_steps() + 1)

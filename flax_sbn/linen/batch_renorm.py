@@ -2,7 +2,7 @@
 
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX, RenormHooks
 from flax_sbn.alternatives.schedules import Schedule
-from flax_sbn.linen.counting import CountingBatchNorm
+from flax_sbn.linen.batch_norm import CountingBatchNorm
 
 
 class BatchRenorm(RenormHooks, CountingBatchNorm):

@@ -2,7 +2,7 @@
 
 from flax_sbn.alternatives.diminishing import DiminishingHooks, one_over_steps
 from flax_sbn.alternatives.schedules import Schedule
-from flax_sbn.linen.counting import CountingBatchNorm
+from flax_sbn.linen.batch_norm import CountingBatchNorm
 
 
 class DiminishingBatchNorm(DiminishingHooks, CountingBatchNorm):

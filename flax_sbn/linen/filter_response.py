@@ -7,7 +7,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
-from flax_sbn.linen.affine import scale_and_bias
+from flax_sbn.linen.variables import scale_and_bias
 from flax_sbn.statistics import Axis, feature_shape
 
 

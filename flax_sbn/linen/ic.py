@@ -9,6 +9,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from flax_sbn.linen.batch_norm import BatchNorm, shared_options
+from flax_sbn.linen.variables import evaluates
 from flax_sbn.sampling import Sampler
 
 
@@ -108,9 +109,7 @@ class IC(nn.Module):
                 f"Expected rate in [0, 1), got rate={self.rate!r}. It is the share of "
                 "values that are dropped."
             )
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         options = shared_options(self, BatchNorm) | {"use_running_average": evaluate}
         y = BatchNorm(**options, name="norm")(x, mask=mask)
         # Nothing is drawn in `init`, so that it needs no stream but 'params'.

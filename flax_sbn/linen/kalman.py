@@ -8,7 +8,7 @@ from flax import linen as nn
 from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import KalmanHooks
 from flax_sbn.linen.batch_norm import BatchNorm
-from flax_sbn.linen.keys import draw_key
+from flax_sbn.linen.variables import draw_key, evaluates
 from flax_sbn.statistics import Statistics
 
 
@@ -115,9 +115,7 @@ class KalmanNorm(KalmanHooks, nn.Module):
           The output, ``(N, *spatial, C)``, and the statistics to hand on, ``(C,)``.
         """
         norm = self.norm
-        evaluate = nn.merge_param(
-            "use_running_average", norm.use_running_average, use_running_average
-        )
+        evaluate = evaluates(norm.use_running_average, use_running_average)
         y = self.linear(x)
         features = y.shape[-1:]
         if evaluate or self.is_initializing():

@@ -17,6 +17,7 @@ from flax_sbn.activation import Activation, add_and_activate, fused
 from flax_sbn.convolution import masked_kernel
 from flax_sbn.folding import fold_like, refuse_options
 from flax_sbn.linen.batch_norm import BatchNorm, shared_options
+from flax_sbn.linen.variables import evaluates
 from flax_sbn.sampling import Sampler
 
 
@@ -113,9 +114,7 @@ class LinearNorm(nn.Module, kw_only=True):
           ``(N, *spatial, features)``.
         """
         linear, kernel_shape = self._linear(x)
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         if linear.use_bias:
             if not evaluate:
                 raise ValueError(

@@ -14,7 +14,7 @@ from flax_sbn.alternatives.mixture import (
     mixture_norm,
     mixture_normalize,
 )
-from flax_sbn.linen.affine import scale_and_bias
+from flax_sbn.linen.variables import evaluates, scale_and_bias
 from flax_sbn.statistics import Axis, feature_shape
 
 
@@ -98,9 +98,7 @@ class MixtureNorm(nn.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)
 

@@ -15,7 +15,7 @@ from flax_sbn.alternatives.moving_average import (
     moving_average_batch_norm,
     moving_averages,
 )
-from flax_sbn.linen.affine import scale_and_bias
+from flax_sbn.linen.variables import evaluates, scale_and_bias
 from flax_sbn.normalization import normalize
 from flax_sbn.statistics import Axis, feature_shape
 
@@ -112,9 +112,7 @@ class MovingAverageBatchNorm(nn.Module):
         Returns:
           An array of the shape of ``x``.
         """
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)
 

@@ -4,6 +4,7 @@ import jax
 from flax import linen as nn
 
 from flax_sbn.alternatives.entropy import shade, shade_init, shade_update
+from flax_sbn.linen.variables import evaluates
 from flax_sbn.statistics import Axis, feature_shape
 
 
@@ -62,9 +63,7 @@ class Shade(nn.Module):
           use_running_average: sow and update nothing (evaluation).
           mask: booleans that broadcast to ``x``: False is not measured.
         """
-        evaluate = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         means = self.variable("batch_stats", "means", shade_init, features)
         if not evaluate and not self.is_initializing():

@@ -14,6 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from flax_sbn.activation import fused_relu
 from flax_sbn.lattice import LatticeSampling
 from flax_sbn.linen.batch_norm import BatchNorm, shared_options
+from flax_sbn.linen.variables import evaluates
 from flax_sbn.modules import switching
 from flax_sbn.normalization import batch_norm
 from flax_sbn.sampling import Sampler, needs_key
@@ -290,9 +291,7 @@ class _Interceptor:
         if module.is_initializing():
             return plain()
         path, options = module.path, self.options
-        if nn.merge_param(
-            "use_running_average", module.use_running_average, use_running_average
-        ):
+        if evaluates(module.use_running_average, use_running_average):
             switching.note(path, "plain", reason=switching.EVALUATED)
             return plain()
         sampler = options.sampler

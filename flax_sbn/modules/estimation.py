@@ -4,7 +4,7 @@ What :func:`flax_sbn.linen.estimate_statistics` and its like for NNX have in com
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -47,29 +47,13 @@ def nothing_measured(running: Statistics) -> Measured:
     return Measured(zero, Moments(zero, zero, zero))
 
 
-def add_moments(before: Measured, moments: Moments) -> Measured:
-    """Returns what inputs so far and those of some moments amount to."""
-    origin = jnp.where(before.moments.num > 0, before.origin, moments.mean)
-    centered = moments._replace(mean=moments.mean - origin)
-    return Measured(origin, pool_moments(before.moments, centered))
-
-
-class Norm(Protocol):
-    """A batch norm of Linen or NNX, Flax's or ours, as far as it is measured."""
-
-    use_running_average: Any
-    axis: Any
-    axis_name: Any
-    axis_index_groups: Any
-
-
 def add_call(
-    norm: Norm, args: Any, kwargs: Any, before: Measured, running: Statistics
+    norm: Any, args: Any, kwargs: Any, before: Measured, running: Statistics
 ) -> Measured:
     """Returns what all inputs so far amount to, given another call of a norm.
 
     Args:
-      norm: what is called. Its input is measured as a whole, as ours measure (Flax's,
+      norm: what is called, of Linen or NNX, Flax's or ours. Its input is measured as a whole, as ours measure (Flax's,
         mean and variance), unless it evaluates.
       args: what it is called with.
       kwargs: likewise.
@@ -93,7 +77,10 @@ def add_call(
             moments = pool_over_devices(
                 moments, norm.axis_name, norm.axis_index_groups, running.mean
             )
-        return add_moments(before, *moments)
+        [new] = moments
+        origin = jnp.where(before.moments.num > 0, before.origin, new.mean)
+        new = new._replace(mean=new.mean - origin)
+        return Measured(origin, pool_moments(before.moments, new))
 
     measured: Measured = laid_out_by_xla(added, x, mask, before, running)
     return measured

@@ -6,7 +6,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.batch_renormalization import D_MAX, R_MAX, RenormHooks
 from flax_sbn.alternatives.schedules import Schedule
-from flax_sbn.nnx.counting import CountingBatchNorm
+from flax_sbn.nnx.batch_norm import CountingBatchNorm
 
 
 class BatchRenorm(RenormHooks, CountingBatchNorm):

@@ -5,12 +5,7 @@ from flax import nnx
 
 
 def fork_stream(rngs: nnx.Rngs, rng_collection: str, purpose: str) -> nnx.RngStream:
-    """Returns an rng stream of a layer's own.
-
-    Args:
-      rngs: what the layer is made with.
-      rng_collection: name of the stream; the default stream will do.
-      purpose: what needs keys, for the message.
+    """Returns an rng stream of a layer's own; the default stream will do.
 
     Raises:
       ValueError: if there is neither stream.
@@ -27,12 +22,7 @@ def fork_stream(rngs: nnx.Rngs, rng_collection: str, purpose: str) -> nnx.RngStr
 def draw_key(
     rngs: nnx.Rngs | nnx.RngStream | None, rng_collection: str, purpose: str
 ) -> jax.Array:
-    """Draws a key from a layer's stream.
-
-    Args:
-      rngs: the stream, or streams of which it is one.
-      rng_collection: its name.
-      purpose: see :func:`fork_stream`.
+    """Draws a key from a layer's stream, or streams of which it is one.
 
     Raises:
       ValueError: if the layer has none.

@@ -27,13 +27,7 @@ class Loss(nnx.Intermediate[jax.Array]):
 
 
 def sow_loss(module: nnx.Module, name: str, value: jax.Array) -> None:
-    """Sows a loss while ``nnx.capture`` collects them, and does nothing otherwise.
-
-    Args:
-      module: the layer.
-      name: of the loss.
-      value: a scalar.
-    """
+    """Sows a loss while ``nnx.capture`` collects them, and does nothing otherwise."""
     # Elsewhere Flax's sow sets an attribute, which would grow from call to call.
     if hasattr(module, "__captures__"):
         module.sow(Loss, name, value)

@@ -409,8 +409,8 @@ class Nnx:
         return copy.rngs(), None if copy.norm.rngs is None else copy.norm.rngs()
 
     def state(self):
-        norm = self.layer.norm
-        return self.layer.linear.kernel[...], *norm._affine(), norm._running()
+        affine, running = self.layer.norm._values()
+        return self.layer.linear.kernel[...], *affine, running
 
     def __call__(self, x, statistics, evaluate=False, **options):
         return self.layer(x, statistics, evaluate, **options)

@@ -1,0 +1,52 @@
+"""What a Linen layer asks of its scope and its call: parameters, keys, the mode."""
+
+import functools
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+
+def scale_and_bias(
+    layer: nn.Module, features: tuple[int, ...]
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns them as the fields of ``layer`` say, None where there is none.
+
+    Args:
+      layer: with Flax's fields, ``use_scale`` and ``scale_init`` and so on.
+      features: extent of the feature axes.
+    """
+    fields: Any = layer
+    # Of the scope, so that another layer may ask for them.
+    assert fields.scope is not None
+    make, dtype = fields.scope.param, fields.param_dtype
+    return (
+        make("scale", fields.scale_init, features, dtype) if fields.use_scale else None,
+        make("bias", fields.bias_init, features, dtype) if fields.use_bias else None,
+    )
+
+
+def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
+    """Draws a key from an rng stream, or from ``'params'`` where it is missing.
+
+    Args:
+      layer: in its ``__call__``.
+      rng_collection: name of the stream.
+      purpose: what needs the key, for the message.
+
+    Raises:
+      ValueError: if there is neither stream.
+    """
+    if not (layer.has_rng(rng_collection) or layer.has_rng("params")):
+        raise ValueError(
+            f"Expected an rng stream '{rng_collection}' for {purpose}, got none in "
+            f"layer {'/'.join(layer.path) or type(layer).__name__}. Pass "
+            f"rngs={{'{rng_collection}': key}} to apply, a fresh key each step; under "
+            f"nn.vmap and nn.scan also split_rngs={{'{rng_collection}': True}}."
+        )
+    key: jax.Array = layer.make_rng(rng_collection)
+    return key
+
+
+# Of a field and an argument of the call, returns the one that is given.
+evaluates = functools.partial(nn.merge_param, "use_running_average")
