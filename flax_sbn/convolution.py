@@ -68,13 +68,7 @@ class Convolution:
     ) -> "tuple[jax.Array, Convolution]":
         """Returns the input below a part of the output, and the convolution there.
 
-        Args:
-          x: ``(N, *spatial, I)``.
-          part: positions of the output.
-          extent: extent of the output's spatial axes.
-
-        Returns:
-          The input below the part, and what to apply to that.
+        ``extent`` is that of the output's spatial axes.
         """
         here = self
         for selection in part.windows:

@@ -80,19 +80,9 @@ def fixed_fold(
     scale: Any,
     bias: Any,
 ) -> tuple[jax.Array, Statistics]:
-    """Measures at fixed positions, folds and applies.
+    """Measures ``parts`` of a layer's output, folds and applies.
 
-    Args:
-      layer: the layer.
-      norm: how its output is measured and normalized.
-      parts: positions of its output.
-      x: ``(N, *spatial, I)``.
-      kernel: ``(..., C)``.
-      scale: ``(C,)`` or None.
-      bias: ``(C,)`` or None.
-
-    Returns:
-      The output before residual and activation, and the measured statistics.
+    Returns the output before residual and activation, and the measured statistics.
     """
     narrow = functools.partial(round_to, dtype=x.dtype)
     arrays = norm.arrays

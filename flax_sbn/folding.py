@@ -130,16 +130,10 @@ def _check_features(kernel: jax.Array, stack: int, **given: ArrayLike | None) ->
 
 
 def refuse_options(**given: object) -> None:
-    """Refuses options of either layer that would be mistaken in one for both.
+    """Raises a TypeError if ``use_bias`` or ``use_scale`` is given, that is, not None.
 
-    A convolution before a norm has ``use_bias=False``. Kept there, it would take away
-    the norm's bias.
-
-    Args:
-      **given: ``use_bias`` and ``use_scale``, None where not given.
-
-    Raises:
-      TypeError: if one is given.
+    A convolution before a norm has ``use_bias=False``. Kept in one layer for both, it
+    would take away the norm's bias.
     """
     for name, value in given.items():
         if value is not None:
@@ -366,12 +360,8 @@ def dense_norm(
 def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]] | None:
     """Returns ``conv_norm`` or ``dense_norm`` with the options of one of Flax's layers.
 
-    Args:
-      layer: ``Conv``, ``Dense`` or ``Linear``, of Linen or NNX.
-
-    Returns:
-      A function, or None if a class makes the layer's product: it may keep a state, as
-      Flax's fp8 products do, of which a second product for the sample knows nothing.
+    None if a class makes the layer's product: it may keep a state, as Flax's fp8
+    products do, of which a second product for the sample knows nothing.
     """
     kind = "conv_general_dilated" if hasattr(layer, "kernel_size") else "dot_general"
     if getattr(layer, f"{kind}_cls", None) is not None:

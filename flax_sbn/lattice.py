@@ -111,15 +111,7 @@ class Lattice:
         return (shape[0], len(self.positions), *[1] * (len(self.cells) - 1))
 
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """Returns the values at the positions, along the first of the spatial axes.
-
-        Args:
-          x: an array whose axes ``axes`` (ascending, images first) are measured.
-          axes: the measured axes of ``x``.
-
-        Returns:
-          An array with the rank and axis order of ``x``.
-        """
+        """Returns the values at the positions, along the first of the spatial axes."""
         # Of slices JAX would make the sum of as many padded arrays.
         take = functools.partial(self._take, axes=axes)
         put = functools.partial(self._put, axes=axes, shape=x.shape)

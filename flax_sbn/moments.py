@@ -141,13 +141,8 @@ def pool_over_devices(
     """Pools moments over devices, all of them in one all-reduce.
 
     The variance between the devices' means is taken about a common origin near them,
-    because :math:`E|m|^2 - |E m|^2` cancels where the mean is large.
-
-    Args:
-      moments: of each device.
-      axis_name: of the mapped axis.
-      axis_index_groups: groups of devices that pool separately.
-      origin: a constant, such as a running mean; gets no gradient.
+    because :math:`E|m|^2 - |E m|^2` cancels where the mean is large. The origin, such
+    as a running mean, is a constant and gets no gradient.
     """
     origin = lax.stop_gradient(origin)
     terms = []

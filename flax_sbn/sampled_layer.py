@@ -106,14 +106,8 @@ class Layer:
     ) -> jax.Array:
         """Returns the output, normalized, before residual and activation.
 
-        Args:
-          x: ``(N, *spatial, I)``.
-          kernel: ``(..., C)``.
-          target: statistics to normalize with, ``(C,)``.
-          mean: of the input where they were measured, by which the folded kernel's
-            rounding is corrected; None if it is not.
-          scale: ``(C,)`` or None.
-          bias: ``(C,)`` or None.
+        ``mean`` is that of the input where ``target`` was measured. It corrects the
+        rounding of the folded kernel; None leaves that out.
         """
         epsilon = self.epsilon
         folded, shift = fold_kernel(kernel, target, scale, bias, epsilon=epsilon)

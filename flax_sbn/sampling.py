@@ -56,17 +56,12 @@ def sampled_parts(
     key: jax.Array | None,
     num_devices: int = 1,
 ) -> tuple[Part, ...]:
-    """Checks a sampler against an input's extent and returns what it measures.
-
-    Args:
-      sampler: a sampler, or None for every position.
-      shape: extent of the measured axes, ``(N, *spatial)``.
-      key: random key; may be None where the sampler needs none.
-      num_devices: how many pool what they measure.
+    """Returns what a sampler measures of measured axes of extent ``(N, *spatial)``.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
-      ValueError: if the sampler does not fit the shape, or its key is missing.
+      ValueError: if the sampler does not fit the shape, its key is missing, or
+        ``num_devices`` that pool measure less than two values.
     """
     draws = needs_key(sampler)
     if sampler is None:
@@ -490,10 +485,7 @@ class MixedSampling:
 def stratum_images(images: int, strata: int, **sample: int) -> int:
     """Returns the images of one of ``strata`` equal parts of a batch.
 
-    Args:
-      images: images of the batch.
-      strata: number of parts.
-      **sample: the number of sampled images, under the name by which the user gave it.
+    ``sample`` is the number of sampled images, under the name that the user knows.
 
     Raises:
       ValueError: if the sample exceeds the batch, or either cannot be divided.

@@ -79,16 +79,10 @@ def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
 def of_features(
     name: str, value: ArrayLike, shape: Sequence[int], axis: Axis
 ) -> jax.Array:
-    """Returns an array with a number for each feature of an input.
-
-    Args:
-      name: of the array, for the error.
-      value: the array.
-      shape: of the input.
-      axis: the feature axis or axes of the input.
+    """Returns an array that has one number for each feature of an input.
 
     Raises:
-      ValueError: if the array has another shape than the feature axes.
+      ValueError: if the array, called ``name``, has another shape than the features.
     """
     value = jnp.asarray(value)
     features = feature_shape(shape, axis)
@@ -227,10 +221,7 @@ class Measurement:
     ) -> Statistics:
         """Returns the statistics of values that were taken part by part.
 
-        Args:
-          parts: what is measured.
-          values: the values of each part, with ``axes`` to reduce.
-          axes: of the batch and its spatial axes.
+        ``axes`` are those of the batch and its spatial axes.
         """
         masks: list[jax.Array | None] = [None] * len(parts)
         if self.mask is not None:

@@ -104,13 +104,7 @@ class Windows:
 def padded_slice(
     x: jax.Array, starts: Sequence[int], sizes: Sequence[int]
 ) -> jax.Array:
-    """Returns a block of known place, zero where it sticks out of the array.
-
-    Args:
-      x: the array.
-      starts: first position on each axis; may be negative.
-      sizes: extent on each axis.
-    """
+    """Returns a block of known place, zero where it sticks out of the array."""
     first, last, border = [], [], []
     for start, size, n in zip(starts, sizes, x.shape, strict=True):
         first.append(min(max(start, 0), n))

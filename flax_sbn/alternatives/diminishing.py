@@ -144,17 +144,7 @@ def update_diminished(
 ) -> Statistics:
     """Returns the mixture to remember: without a gradient, in the dtype of the last.
 
-    Args:
-      running: see :func:`diminished`, as for the rest.
-      statistics: see there.
-      weight: see there.
-      epsilon: see there.
-
-    Returns:
-      Statistics of shape ``(C,)``; complex for complex inputs.
-
-    Raises:
-      ValueError: see there.
+    See :func:`diminished` for what it takes and raises. Complex for complex inputs.
 
     Example:
       >>> import jax.numpy as jnp

@@ -189,14 +189,7 @@ def mixture_normalize(
       y_i = \mathit{scale} \cdot \sum_k \frac{\nu_{ik}}{\sqrt{\lambda_k}}
       \frac{x_i - \mu_k}{\sqrt{v_k + \epsilon}} + \mathit{bias}
 
-    Args:
-      x: see :func:`mixture_norm`, as for the rest.
-      mixture: the running mixture.
-      scale: see there.
-      bias: see there.
-      axis: see there.
-      epsilon: see there.
-      dtype: see there.
+    See :func:`mixture_norm` for what it takes; ``mixture`` is the running one.
 
     Returns:
       An array of the shape of ``x``. The posteriors count as constants in its gradient.

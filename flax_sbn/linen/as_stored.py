@@ -38,12 +38,7 @@ def mark(layer: nn.Module) -> None:
 
 
 def changed_variables(function: Callable[[Any], Any], variables: Any) -> list[Path]:
-    """Returns the paths of marked variables that are not those in ``variables``.
-
-    Args:
-      function: of variables, in which layers are marked.
-      variables: of a model.
-    """
+    """Returns the paths of marked variables that are not those in ``variables``."""
     flat = _flat(variables)
 
     def call(*values: Any) -> Any:
@@ -68,9 +63,7 @@ def _flat(variables: Any) -> dict[Path, Any]:
 def _marks(jaxpr: Jaxpr, origins: dict[Var, str]) -> Iterator[tuple[str, str | None]]:
     """Yields the marks in a program, each with the variable that is found there.
 
-    Args:
-      jaxpr: the program.
-      origins: the variables that it is given; those that it hands on are added.
+    ``origins`` are the variables that it is given; those that it hands on are added.
     """
     for eqn in jaxpr.eqns:
         given = [None if isinstance(v, Literal) else origins.get(v) for v in eqn.invars]

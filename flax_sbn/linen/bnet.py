@@ -30,21 +30,9 @@ class BNET(nn.Module):
     Attributes:
       kernel_size: extent of the window on each spatial axis; 3 on each of two is the
         paper's BNET-3. An int is for a single axis, as in :class:`flax.linen.Conv`.
-      use_running_average: evaluation, as all up to ``use_fast_variance`` in
-        :class:`flax.linen.BatchNorm`.
-      momentum: decay rate of the running statistics.
-      epsilon: added to the variance.
-      dtype: dtype of the result.
-      param_dtype: dtype of the parameters.
       bias_init: initializer of the bias.
-      axis_name: devices that pool their statistics.
-      axis_index_groups: groups of them.
-      use_fast_variance: with ``sampler=None``, one pass.
       kernel_init: initializer of the kernel.
-      sampler: see :class:`BatchNorm`, as for the rest.
-      running_weight: see there.
-      ghost_groups: see there.
-      rng_collection: see there.
+      **options: all others are those of :class:`BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.

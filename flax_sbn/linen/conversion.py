@@ -234,10 +234,7 @@ def _refuse_clashes(
 ) -> None:
     """Complains if a new module is not alone at its path.
 
-    Args:
-      new: paths of new modules.
-      variables: old paths of variables.
-      moves: new paths of modules by their old ones.
+    ``variables`` are old paths, and ``moves`` has the new ones of modules by the old.
     """
     kept = {path[:-1] for path in variables} - moves.keys()
     for path in new:

@@ -28,24 +28,8 @@ class IC(nn.Module):
 
     Attributes:
       rate: probability that a value is dropped; the others are divided by ``1 - rate``.
-      use_running_average: evaluation, as all up to ``use_fast_variance`` in
-        :class:`flax.linen.BatchNorm`.
-      axis: the feature axis.
-      momentum: decay rate of the running statistics.
-      epsilon: added to the variance.
-      dtype: dtype of the result.
-      param_dtype: dtype of the parameters.
-      use_bias: whether a bias is added.
-      use_scale: whether to multiply by a scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      axis_name: devices that pool their statistics.
-      axis_index_groups: groups of them.
-      use_fast_variance: with ``sampler=None``, one pass.
-      sampler: see :class:`BatchNorm`, as for the rest.
-      running_weight: see there.
-      ghost_groups: see there.
-      rng_collection: see there.
+      **options: ``use_running_average`` and all that follow it, those of
+        :class:`BatchNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.

@@ -10,12 +10,7 @@ from flax import linen as nn
 def scale_and_bias(
     layer: nn.Module, features: tuple[int, ...]
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns them as the fields of ``layer`` say, None where there is none.
-
-    Args:
-      layer: with Flax's fields, ``use_scale`` and ``scale_init`` and so on.
-      features: extent of the feature axes.
-    """
+    """Returns the parameters that a layer's fields ask for, None where they do not."""
     fields: Any = layer
     # Of the scope, so that another layer may ask for them.
     assert fields.scope is not None
@@ -28,11 +23,6 @@ def scale_and_bias(
 
 def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
     """Draws a key from an rng stream, or from ``'params'`` where it is missing.
-
-    Args:
-      layer: in its ``__call__``.
-      rng_collection: name of the stream.
-      purpose: what needs the key, for the message.
 
     Raises:
       ValueError: if there is neither stream.

@@ -52,13 +52,8 @@ def add_call(
 ) -> Measured:
     """Returns what all inputs so far amount to, given another call of a norm.
 
-    Args:
-      norm: what is called, of Linen or NNX, Flax's or ours. Its input is measured as a whole, as ours measure (Flax's,
-        mean and variance), unless it evaluates.
-      args: what it is called with.
-      kwargs: likewise.
-      before: what it was called with before.
-      running: its running statistics, the origin between devices.
+    Its input is measured as a whole, as ours measure (Flax's, mean and variance),
+    unless it evaluates. Its running mean is the origin between devices.
     """
     x, evaluate, mask = _arguments(*args, **kwargs)
     if norm.use_running_average if evaluate is None else evaluate:
@@ -125,10 +120,6 @@ def estimated(
     running: Mapping[Path, Statistics], measured: Mapping[Path, Measured]
 ) -> dict[Path, Statistics]:
     """Returns new running statistics, the old ones where nothing was measured.
-
-    Args:
-      running: running statistics of all norms, by path.
-      measured: what was measured, by the same paths.
 
     Raises:
       ValueError: if no norm was measured, or what was measured is not finite.

@@ -10,12 +10,7 @@ import jax.numpy as jnp
 def check_same_outputs(
     before: Callable[..., Any], after: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> None:
-    """Compares the outputs of two functions, to rounding.
-
-    Args:
-      before: returns a tree of arrays.
-      after: likewise.
-      inputs: of both.
+    """Compares the outputs of two functions, trees of arrays, to rounding.
 
     Raises:
       ValueError: if outputs differ by more than the square root of their dtype's

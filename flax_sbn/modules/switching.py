@@ -137,18 +137,7 @@ def report_on(
     train: str,
     fuses_relu: bool,
 ) -> SwitchReport:
-    """Returns the report on what was found.
-
-    Args:
-      found: what became of the norms.
-      relus: as in the report.
-      model: which one it is about.
-      train: how to call that in training.
-      fuses_relu: as in the report.
-
-    Raises:
-      ValueError: if there are no norms, or all evaluate.
-    """
+    """Returns the report; raises a ValueError if there are no norms or all evaluate."""
     if not found:
         raise ValueError(
             "Expected a model that sample_norms returned, got "
@@ -209,9 +198,7 @@ class Product:
     def norm(self, *promoted: Any) -> Norm:
         """Returns the layer with a norm in it, to call with the norm's options.
 
-        Args:
-          *promoted: arrays with which an unfolded norm promotes its input, scale and
-            bias aside.
+        ``promoted`` are further arrays with which an unfolded norm promotes its input.
         """
         fold = self.fold
         assert fold is not None  # that was an obstacle
@@ -286,15 +273,7 @@ def _is_traced(x: Any) -> bool:
 def obstacle(
     product: Product | None, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
 ) -> str:
-    """Returns why a norm cannot be folded; empty if it can be.
-
-    Args:
-      product: how its input was made.
-      x: its input.
-      axis: of its features.
-      sampler: what is measured.
-      fold: whether folding is wanted.
-    """
+    """Returns why a norm of input ``x`` cannot be folded; empty if it can be."""
     if not fold:
         return "fold=False"
     if not _is_traced(x):

@@ -25,13 +25,8 @@ def offset(mean: jax.Array, applied: jax.Array, measured: jax.Array) -> jax.Arra
     """Returns about how far the outputs of two kernels are apart on average.
 
     The statistics are those of the rounded kernel, and what is applied is the rounded
-    folded one. Where inputs have a mean, the difference is an offset, which no norm
-    removes any more.
-
-    Args:
-      mean: of the measured input, ``(groups * I,)``.
-      applied: ``(*window, I, C)``.
-      measured: likewise.
+    folded one. Where inputs have a mean, ``(groups * I,)``, the difference is an
+    offset, which no norm removes any more.
     """
     groups = mean.size // measured.shape[-2]
     # A group of output features sees its own group of input features.

@@ -20,15 +20,10 @@ def laid_out_by_xla(
 ) -> Any:
     """Returns ``function(x, *args)``, in which XLA decides where arrays lie.
 
-    On a mesh with explicit axes JAX asks for the layout of whatever it cannot tell
-    itself, such as slices of a batch. Elsewhere this is a plain call.
-
-    Args:
-      function: of arrays. It may not close over others.
-      x: the array that is sampled, whose type tells the mesh.
-      *args: trees of arrays.
-      like_x: for each result, or tree of results, whether it is laid out as ``x`` is.
-        If not, every device has it.
+    On a mesh with explicit axes, which the type of ``x`` tells, JAX asks for the layout
+    of whatever it cannot tell itself, such as slices of a batch. Elsewhere this is a
+    plain call. The function may not close over arrays. ``like_x`` says for each result,
+    or tree of results, whether it is laid out as ``x`` is; if not, every device has it.
     """
     if not is_explicit(x):
         return function(x, *args)
@@ -46,12 +41,7 @@ def laid_out_by_xla(
 
 
 def names_of_features(names: Sequence[Any], stack: int) -> tuple[Any, ...]:
-    """Returns the axes of a mesh for a bias, given those for its kernel.
-
-    Args:
-      names: for the kernel's axes, ``(*stack, ..., C)``.
-      stack: the number of axes along which layers are stacked.
-    """
+    """Returns a mesh's axes for a bias, given those for ``(*stack, ..., C)``."""
     return (*names[:stack], *names[-1:])
 
 
@@ -59,12 +49,7 @@ def varying_like(x: jax.Array, tree: Any, dtype: DTypeLike | None = None) -> Any
     """Returns arrays that count as others on every device on which ``x`` is another.
 
     Under ``shard_map`` the gradients of all their uses are then added up on each device
-    first, and once over the devices.
-
-    Args:
-      x: the array whose type tells the devices.
-      tree: of arrays.
-      dtype: in which gradients are sent to be added up; None for the arrays' own.
+    first, and once over the devices, in ``dtype``; None is the arrays' own.
     """
     there = jax.typeof(x).manual_axis_type.varying
 
