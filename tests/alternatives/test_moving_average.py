@@ -415,7 +415,7 @@ def test_kernels_in_half_precision_and_without_weights_stay_finite():
 @pytest.mark.parametrize(
     ("call", "given", "fix"),
     [
-        (lambda x: center_kernel(x[:1]), "(1, 3)", "Use a layer without"),
+        (lambda x: center_kernel(x[:1]), "(1, 3)", "Use a plain layer"),
         (lambda x: center_kernel(x, mask=x[0]), "(3,)", "that of the kernel"),
         (lambda x: moving_averages((3,), 0), "window=0", "averages nothing"),
         (

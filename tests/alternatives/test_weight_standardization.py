@@ -122,8 +122,8 @@ def test_constant_kernels_stay_finite(fill, dtype):
 @pytest.mark.parametrize(
     ("shape", "options", "given", "fix"),
     [
-        ((1, 1, 1, 8), {}, "(1, 1, 1, 8)", "without standardization"),
-        ((8,), {}, "(8,)", "without standardization"),
+        ((1, 1, 1, 8), {}, "(1, 1, 1, 8)", "Use a plain layer"),
+        ((8,), {}, "(8,)", "Use a plain layer"),
         ((3, 8), {"gain": jnp.ones(3)}, "gain of shape (3,)", "gain of shape (8,)"),
         ((3, 8), {"mask": jnp.ones(8)}, "mask of shape (8,)", "mask of shape (3, 8)"),
     ],
@@ -335,7 +335,7 @@ def test_layers_start_as_flax_does_with_gains_of_one():
 )
 def test_layers_refuse_a_fan_in_of_one(layer):
     teaching.message_while_tracing(
-        (2, 1), layer, ValueError, "1, 4)", "without standardization"
+        (2, 1), layer, ValueError, "1, 4)", "Use a plain layer"
     )
 
 
