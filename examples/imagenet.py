@@ -1,7 +1,7 @@
-"""Trains an ImageNet classifier for days, on many devices, and can be stopped any time.
+"""Trains an ImageNet classifier on one or many devices; you can stop it at any time.
 
 Images come from a folder or ArrayRecord files; logs for TensorBoard and checkpoints go
-to --out. The same command goes on where an earlier one ended, however it ended.
+to --out. To resume, run the same command again, however the run ended.
 """
 
 import argparse
@@ -44,10 +44,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         __doc__,
         epilog="examples:\n"
-        "  imagenet.py DIR --out runs/lattice                # all devices there are\n"
-        "  imagenet.py DIR --out runs/lattice --norm bn      # batch norm, instead\n"
+        "  imagenet.py DIR --out runs/lattice                # all devices\n"
+        "  imagenet.py DIR --out runs/lattice --norm bn      # batch norm instead\n"
         "  imagenet.py DIR --out runs/lattice --distributed  # in a Slurm job or pod\n"
-        "  imagenet.py --fake-data --max-steps 200           # speed without input\n"
+        "  imagenet.py --fake-data --max-steps 200           # without input pipeline\n"
         "  imagenet.py --fake-data --max-steps 5 --model resnet8 --image-size 32 \\\n"
         "    --batch-size 8 --dtype float32                  # does it run?\n",
     )
@@ -57,14 +57,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         nargs="?",
         metavar="DIR",
-        help="folder with train/CLASS/* and val/CLASS/*, image files; or with "
+        help="folder with image files train/CLASS/* and val/CLASS/*, or with "
         "ArrayRecord files *train*.array_record* and *val*.array_record*",
     )
     data.add_argument(
-        "--fake-data", action="store_true", help="noise that is in memory instead"
+        "--fake-data", action="store_true", help="train on noise in memory instead"
     )
     data.add_argument(
-        "--num-classes", type=int, metavar="N", help="of ArrayRecord files"
+        "--num-classes", type=int, metavar="N", help="classes in ArrayRecord files"
     )
     data.add_argument(
         "--image-size",
@@ -77,7 +77,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--unreadable",
         choices=("refuse", "skip"),
         default="refuse",
-        help="end with an error where an image cannot be read, or take the next one "
+        help="if an image cannot be read: stop with an error, or use the next one "
         "and count (default: %(default)s)",
     )
     data.add_argument(
@@ -85,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=os.cpu_count(),
         metavar="N",
-        help="that read and decode in each process (default: %(default)s)",
+        help="threads that read and decode, per process (default: %(default)s)",
     )
 
     how = parser.add_argument_group("how to train")
@@ -101,17 +101,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="new folder, or that of a training to go on with (default: a new one "
+        help="new folder, or that of a training run to resume (default: a new one "
         "under runs/, named by the time)",
     )
     add_counts(
         where,
         checkpoint_every=(1000, "steps between checkpoints, besides each epoch's"),
-        keep=(3, "last checkpoints that are kept, besides the best"),
+        keep=(3, "how many last checkpoints to keep, besides the best"),
         log_every=(20, "steps between entries of the log"),
     )
     where.add_argument(
-        "--devices", type=int, metavar="N", help="how many (default: all there are)"
+        "--devices", type=int, metavar="N", help="how many devices (default: all)"
     )
     processes.add_option(where)
     args = parser.parse_args(argv)

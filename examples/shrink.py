@@ -1,8 +1,8 @@
 """Writes smaller copies of a folder's images, once, so that training reads them faster.
 
 The shorter side gets --side pixels; images that are no larger are copied as they are.
-Folders and names stay. Originals are left alone, and so is what is there already: the
-same command goes on where an earlier one ended. Pixels differ from the originals'.
+Folders and names stay. Originals are left alone, and existing copies are kept: to
+resume, run the same command again. Pixels differ from the originals'.
 """
 
 import collections
@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_counts(
         parser,
         side=(256, "pixels of the shorter side"),
-        quality=(90, "of JPEG and WebP, up to 100"),
-        threads=(os.cpu_count() or 1, "that read, shrink and write"),
+        quality=(90, "quality of JPEG and WebP, up to 100"),
+        threads=(os.cpu_count() or 1, "threads that read, shrink and write"),
     )
     args = parser.parse_args(argv)
     check_positive(parser, args, "side", "quality", "threads")

@@ -1,4 +1,4 @@
-"""Trains every combination of a grid, and goes on where it was stopped.
+"""Trains every combination of a grid, and resumes where it was stopped.
 
 Each option takes one value or several, here or in a TOML file; every combination of
 them is trained and leaves one JSON line in the results file. Killed at any moment and
@@ -56,13 +56,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         required=True,
         metavar="FILE",
-        help="file of JSON lines: finished trainings are read from it, new ones added",
+        help="file of JSON lines: training runs that it has are not repeated, and "
+        "new ones are added",
     )
     parser.add_argument(
         "--grid",
         type=Path,
         metavar="FILE",
-        help="TOML file with options as below; those given here replace its",
+        help="TOML file with the options below; the command line overrides it",
     )
     parser.add_argument(
         "--data-dir",
@@ -75,14 +76,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=1,
         metavar="N",
-        help="trainings at a time, each in a process of its own (default: 1)",
+        help="training runs at a time, each in its own process (default: 1)",
     )
     parser.add_argument(
         "--together",
         type=int,
         default=1,
         metavar="N",
-        help="seeds of one setting that train side by side in each training, by vmap: "
+        help="seeds of one setting that train together, by vmap: "
         "faster for dense layers, slower for convolutions (default: 1)",
     )
     options = parser.add_argument_group("the grid", "Each takes one value or several.")

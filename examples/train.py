@@ -1,7 +1,7 @@
 """Trains an image classifier with several normalizations and compares them.
 
 By default: scikit-learn's real 8 x 8 digits, a small residual network, and plain batch
-norm against the sampled ones, two seeds each, in about two minutes on two CPU cores.
+norm against sampled norms, two seeds each, in about two minutes on two CPU cores.
 Results go to a new folder under runs/: curves.png, results.json, results.csv.
 """
 
@@ -46,8 +46,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "models: resnet8, resnet8-stride2 (which halves images first), resnet20,\n"
         "resnet56 and mlp are for small images and come in linen and nnx; so is\n"
         "binary8, in linen, whose weights and activations are binary. The others are\n"
-        "for ImageNet, in linen. They take smaller images as they are, densenet121\n"
-        "from 32 x 32, of which one pixel is left.\n",
+        "for ImageNet, in linen. They also take smaller images, densenet121 from\n"
+        "32 x 32 pixels, of which one is left at the end.\n",
     )
     what = parser.add_argument_group("what to compare")
     what.add_argument(
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="CALL",
         default=[],
         help='samplers as in Python, such as "BatchSampling(8, strata=4)"; they are '
-        "compared with those of --norm, which is then bn unless given",
+        "compared with --norm, which is then bn by default",
     )
     add_option(what, "seed", 0, help=f"first {help_of('seed', 0)}")
     what.add_argument(
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=2,
         metavar="N",
-        help="trainings of each method, with seeds one apart (default: 2)",
+        help="training runs of each method, with consecutive seeds (default: 2)",
     )
 
     data = parser.add_argument_group("data")
@@ -94,8 +94,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--devices",
         type=int,
         metavar="N",
-        help="divide batch and data among N devices (default: 1, and with "
-        "--distributed all there are)",
+        help="divide batch and data among N devices (default: 1, with "
+        "--distributed all)",
     )
     processes.add_option(where)
 

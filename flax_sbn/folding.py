@@ -83,8 +83,8 @@ def fold(
     Args:
       kernel: ``(..., C)``, of a convolution or dense layer without bias.
       statistics: mean and variance of the layer's output, ``(C,)``; for inference and
-        export, the running ones. Of several layers that are stacked along leading axes
-        those of each, ``(*stack, C)``, as all other arguments.
+        export, the running ones. For layers that are stacked along leading axes, those
+        of each, ``(*stack, C)``; likewise for all other arguments.
       scale: ``(C,)``, or None for one.
       bias: ``(C,)``, or None for zero.
       epsilon: added to the variance.
@@ -176,7 +176,7 @@ def conv_norm(
     r"""Convolution, sampled batch norm, residual and activation as one convolution.
 
     With :math:`S` the sampled positions of the output, and ``z`` the convolution there,
-    which needs the patch of ``x`` below :math:`S` only:
+    which needs only the part of ``x`` that :math:`S` depends on:
 
     .. math::
       \begin{aligned}
@@ -188,9 +188,9 @@ def conv_norm(
       y = \mathrm{activation}\big(x * (a \cdot \mathit{kernel}) +
       (\mathit{bias} - a \mu) + \mathit{residual}\big)
 
-    Value and gradients are those of convolution, :func:`flax_sbn.batch_norm`, addition
-    and activation one after the other, to rounding; the normalized tensor is never
-    written.
+    Output and gradients equal, up to rounding, those of convolution,
+    :func:`flax_sbn.batch_norm`, addition and activation one after the other. The
+    normalized tensor is never written to memory.
 
     Args:
       x: ``(N, *spatial, I)``, any floating dtype; several batch axes, or none, are
@@ -204,11 +204,11 @@ def conv_norm(
       activation: of the sum. :func:`jax.nn.relu` is replaced by :func:`relu`, which is
         the same function and stays fused.
       residual: added before the activation, of the output's shape; cast to its dtype.
-      strides: of the window, an int or one an axis.
+      strides: of the window, an int or one per axis.
       padding: ``'SAME'``, ``'SAME_LOWER'``, ``'VALID'``, ``'CIRCULAR'``, ``'REFLECT'``,
-        ``'CAUSAL'``, an int, or an int or pair an axis.
-      input_dilation: an int or one an axis.
-      kernel_dilation: an int or one an axis.
+        ``'CAUSAL'``, an int, or an int or a pair per axis.
+      input_dilation: an int or one per axis.
+      kernel_dilation: an int or one per axis.
       feature_group_count: number of groups of features.
       precision: see :func:`jax.lax.conv_general_dilated`.
       conv_general_dilated: the convolution to use.

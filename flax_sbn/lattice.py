@@ -24,7 +24,7 @@ from flax_sbn.xla.transposes import Form, linear
 
 @dataclasses.dataclass(frozen=True)
 class LatticeSampling:
-    r"""A few positions of every map, spread so that all its lines are heard equally.
+    r"""A few positions of every map, spread so that all lines and columns count alike.
 
     The positions are the same in all images, on all devices and in every step: nothing
     is drawn, and no key is needed. A map of :math:`L \times L` is measured at ``P``
@@ -41,22 +41,23 @@ class LatticeSampling:
     :math:`P = \lceil L / s \rceil` is at most ``4 * num_positions``, and ``a`` prime to
     ``P`` such that the positions are far from each other. So a map of up to 32 lines is
     measured once on each line and once on each column, its borders as often as they
-    occur: what lines and columns have of their own cancels. Other numbers of spatial
-    axes are treated likewise, and a map of few lines is measured several times on each.
+    occur: whatever is particular to single lines and columns cancels. Other numbers of
+    spatial axes are treated likewise, and a map of few lines is measured several times
+    on each.
 
-    Where that is everywhere, and where there are no spatial axes, as behind a dense
-    layer, the whole batch is measured. That is ordinary batch norm, and costs little
-    there: so one norm serves a whole model.
+    Where that would be every position, and where there are no spatial axes, as after a
+    dense layer, the whole batch is measured. That is ordinary batch norm, and costs
+    little there, so one sampler serves a whole model.
 
     Attributes:
-      num_positions: about the least number of positions of a map, as far as it has so
-        many; at most four times as many are measured, one on a line.
+      num_positions: about the least number of positions of a map, as far as it has that
+        many; at most four times as many are measured, one on each line.
       min_values: about the least number of values per feature in the batch, as far as
-        there are so many: small batches are measured at more positions of each image.
-        Left aside while the batch size is unknown, as in an export for any batch size.
+        it has that many: small batches are measured at more positions of each image.
+        Ignored while the batch size is unknown, as in an export for any batch size.
 
     Raises:
-      ValueError: if a number is no positive int.
+      ValueError: if a number is not a positive int.
 
     Example:
       >>> import jax

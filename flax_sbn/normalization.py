@@ -55,7 +55,7 @@ def normalize(
       An array of the shape of ``x``.
 
     Raises:
-      TypeError: if ``epsilon`` is no number.
+      TypeError: if ``epsilon`` is not a number.
       ValueError: if ``axis`` is out of range, or ``scale``, ``bias`` or the statistics
         have another shape than the feature axes.
 
@@ -113,7 +113,7 @@ def batch_norm(
     .. math::
       y = \mathit{scale} \cdot \hat x + \mathit{bias}
 
-    The gradient goes through the statistics, and lands in the sampled positions. With
+    The gradient goes through the statistics, and arrives at the sampled positions. With
     :math:`g = \partial L / \partial y`:
 
     .. math::
@@ -134,8 +134,8 @@ def batch_norm(
       axis_index_groups: see :func:`batch_statistics`.
       use_fast_variance: see :func:`batch_statistics`.
       running: see :func:`batch_statistics`.
-      running_weight: how far the statistics are moved towards ``running`` before they
-        normalize, in [0, 1]; see :func:`renormalize`.
+      running_weight: how far the statistics are moved towards ``running`` before
+        normalizing, in [0, 1]; see :func:`renormalize`.
       measure: see :func:`batch_statistics`.
       correct: called with the measured and the running statistics; returns those to
         normalize with. By default :func:`renormalize` with ``running_weight``.

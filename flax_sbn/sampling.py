@@ -24,7 +24,7 @@ from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
 
 @runtime_checkable
 class Sampler(Protocol):
-    """What a sampler provides. Any frozen dataclass with these two is one."""
+    """What a sampler provides. Any frozen dataclass with both members is a sampler."""
 
     @property
     def needs_key(self) -> bool:
@@ -125,7 +125,7 @@ class NaiveSampling:
       num_samples: number of images measured.
 
     Raises:
-      ValueError: if ``num_samples`` is no positive int or exceeds the batch.
+      ValueError: if ``num_samples`` is not a positive int or exceeds the batch.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,13 +160,13 @@ class BatchSampling:
     Attributes:
       num_samples: number of images measured, in all strata together.
       strata: number of equal parts of the batch; each gives ``num_samples / strata``
-        images at the same random offset. Take a stratum for each of several batches
-        that are concatenated, or one of them alone is measured. With one stratum a data
+        images at the same random offset. Use a stratum for each of several concatenated
+        batches; otherwise only one of them is measured. With one stratum per data
         shard, no images move between devices. Strata are ours, not the paper's.
 
     Raises:
-      ValueError: if a number is no positive int, ``num_samples`` exceeds the batch, or
-        ``strata`` does not divide both.
+      ValueError: if a number is not a positive int, ``num_samples`` exceeds the batch,
+        or ``strata`` does not divide both.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -213,18 +213,18 @@ class FeatureSampling:
 
     Attributes:
       fraction: least share of the spatial extent that is measured, in (0, 1].
-      min_values: least number of values per feature, as far as there are so many. Left
-        aside while the batch size is unknown, as in an export for any batch size.
+      min_values: least number of values per feature, as far as the batch has that many.
+        Ignored while the batch size is unknown, as in an export for any batch size.
       groups: the images are split into the largest number of equal runs that is at most
         ``groups``, each with a patch of its own, all of them spread over the map; None
-        for a patch for every image. ``groups=1`` is the paper's FS, which lets the
-        noise of the one place into the statistics; groups, and ``min_values``, are
-        ours. A TPU gathers patches slowly: take :class:`LatticeSampling` there.
+        for a patch for every image. ``groups=1`` is the paper's FS, whose statistics
+        contain the noise of a single place. ``groups`` and ``min_values`` are ours. A
+        TPU gathers patches slowly: use :class:`LatticeSampling` there.
 
     Raises:
-      TypeError: if ``fraction`` is no number.
-      ValueError: if ``fraction`` is outside (0, 1], another number is no positive int,
-        or the input has no spatial axes.
+      TypeError: if ``fraction`` is not a number.
+      ValueError: if ``fraction`` is outside (0, 1], another number is not a positive
+        int, or the input has no spatial axes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -308,13 +308,13 @@ class CopySampling:
     The batch consists of runs of ``num_copies`` images, as
     :func:`flax_sbn.augment_batch` makes them. Of each run one image is measured in its
     whole extent, drawn independently of the other runs. Copies of one image resemble
-    each other: the others would add little to what the one says.
+    each other, so the others would add little.
 
     Attributes:
       num_copies: number of copies of each image.
 
     Raises:
-      ValueError: if ``num_copies`` is no positive int or does not divide the batch.
+      ValueError: if ``num_copies`` is not a positive int or does not divide the batch.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -363,12 +363,12 @@ class VirtualSampling:
     Attributes:
       num_virtual: number of virtual images, in all strata together.
       strata: number of equal parts of the batch, each of which ends with
-        ``num_virtual / strata`` virtual images. With one part a data shard, no images
+        ``num_virtual / strata`` virtual images. With one part per data shard, no images
         move between devices.
 
     Raises:
-      ValueError: if a number is no positive int, ``num_virtual`` exceeds the batch, or
-        ``strata`` does not divide both.
+      ValueError: if a number is not a positive int, ``num_virtual`` exceeds the batch,
+        or ``strata`` does not divide both.
 
     Example:
       >>> import jax.numpy as jnp
@@ -422,9 +422,9 @@ class MixedSampling:
         that it does not state; mixing moments with 0.5 is our formulation.
 
     Raises:
-      TypeError: if ``real`` is no sampler of images, ``virtual`` no VirtualSampling, or
-        ``virtual_weight`` no number.
-      ValueError: if ``virtual_weight`` is outside [0, 1], or as the two samplers do.
+      TypeError: if ``real`` is not a sampler of images, ``virtual`` is not a
+        VirtualSampling, or ``virtual_weight`` is not a number.
+      ValueError: if ``virtual_weight`` is outside [0, 1], and as both samplers.
 
     Example:
       >>> from flax_sbn import FeatureSampling, MixedSampling, VirtualSampling

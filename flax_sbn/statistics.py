@@ -129,13 +129,14 @@ def batch_statistics(
         devices statistics are pooled, weighted by the number of values, with one small
         all-reduce.
       axis_index_groups: groups of devices along ``axis_name`` that pool separately.
-      use_fast_variance: measure a whole batch in one pass, as
-        :math:`E|x|^2 - |E x|^2`. A sample is always measured in one pass about one of
-        its values, which is as exact as two (on GPUs, in bfloat16, as it is: the data's
-        own rounding is larger).
+      use_fast_variance: measure a whole batch in one pass, as :math:`E|x|^2 - |E x|^2`.
+        A sample is always measured in one pass about one of its values, which is as
+        exact as two passes. (On GPUs a bfloat16 sample is measured about zero: its own
+        rounding is larger.)
       running: statistics returned for a feature of which nothing was measured, because
-        the mask is False at every sampled position; by default mean 0, variance 1.
-        Between devices they serve as origin, which keeps precision.
+        the mask is False at every sampled position; by default mean 0, variance 1. When
+        devices pool their statistics, these also serve as the origin, which keeps
+        precision.
       measure: what is made of the measured values; None for mean and variance. Other
         methods have their own, such as :func:`flax_sbn.alternatives.l1_moments`.
 
@@ -325,11 +326,11 @@ def update_running(
         rule.
 
     Raises:
-      TypeError: if ``momentum`` is no number.
+      TypeError: if ``momentum`` is not a number.
 
     Returns:
       Statistics of shape ``(C,)``, in the dtype of ``running``. Where ``statistics``
-      equals it nothing changes, not even by rounding.
+      equals ``running``, nothing changes, not even by rounding.
 
     Example:
       >>> import jax.numpy as jnp

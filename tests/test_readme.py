@@ -52,7 +52,7 @@ def test_figures_are_those_of_the_committed_results() -> None:
     )
     moved = 100 * rows["bs:4~3/4"]["test_accuracy"]
     edges = " ".join((ROOT / "docs" / "sharp_edges.md").read_text().split())
-    assert f"reaches {whole:.1f} % of test accuracy with all examples" in edges
+    assert f"reaches a test accuracy of {whole:.1f} % with all examples" in edges
     assert f"{some:.1f} % with `BatchSampling(8)`, and {few:.1f} % with" in edges
     assert f"With `running_weight=0.75` four examples reach {moved:.1f} %." in edges
     assert f"stay the same in every step reach {virtual:.1f} %." in edges

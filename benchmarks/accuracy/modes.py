@@ -1,10 +1,11 @@
-"""Compares the two modes of a norm through a training, and its running statistics.
+"""Compares training and evaluation mode of a norm during a training run.
 
-After each epoch: the test accuracy with running statistics (evaluation), with those of
-each batch of the test (training mode), and with those of many training images together,
-augmented as in training, which ``estimate_statistics`` finds; and how far the running
-statistics are from the latter. Trains as examples/studies/methods-main.toml says.
-Prints a table and writes JSON, anew after each epoch.
+After each epoch it measures the test accuracy with the running statistics (evaluation
+mode), with those of each test batch (training mode), and with those that
+``estimate_statistics`` finds on many training images together, augmented as in
+training. It also measures how far the running statistics are from the latter. Settings
+are those of examples/studies/methods-main.toml. Prints a table, and rewrites a JSON
+file after each epoch.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--data-dir", type=Path, required=True, metavar="DIR", help="with CIFAR-10"
+        "--data-dir", type=Path, required=True, metavar="DIR", help="holds CIFAR-10"
     )
     parser.add_argument(
         "--norm",
@@ -104,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add_counts(
         parser,
-        epochs=(12, "of training"),
+        epochs=(12, "epochs of training"),
         train_size=(50000, "images to train with"),
         images=(4096, "training images whose statistics are estimated"),
     )

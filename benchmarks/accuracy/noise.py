@@ -1,11 +1,11 @@
-"""How well a sample knows its batch: errors of statistics and of gradients.
+"""Measures how well a sample represents its batch: errors of statistics and gradients.
 
 A small network is trained with ordinary batch norm. At its weights, on batches of real
 images, each sampler's statistics are compared with those of the whole batch, and so are
-the gradients. The one figure for training is the squared distance of the two gradients,
-divided by the variance that gradients have from batch to batch anyway: where it is a
-tenth, and not the same in all batches, it adds about as much noise as a batch that is a
-tenth smaller. Prints tables and writes JSON.
+the gradients. The figure that matters for training is the squared distance of the two
+gradients, divided by the variance that gradients have from batch to batch anyway: where
+it is a tenth, and not the same in all batches, it adds about as much noise as a batch
+that is a tenth smaller. Prints tables and writes JSON.
 """
 
 import argparse
@@ -152,14 +152,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--data-dir", type=Path, required=True, metavar="DIR", help="with CIFAR-10"
+        "--data-dir", type=Path, required=True, metavar="DIR", help="holds CIFAR-10"
     )
     add_counts(
         parser,
         width=(8, "features of the network's first stage"),
-        epochs=(6, "of training"),
+        epochs=(6, "epochs of training"),
         train_size=(4096, "images to train with and to measure"),
-        batches=(64, "measured of each size"),
+        batches=(64, "batches to measure of each size"),
     )
     parser.add_argument(
         "--batch-size",
@@ -167,7 +167,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         default=[128, 32, 8, 2],
         metavar="N",
-        help="images of a batch that is measured (default: 128 32 8 2)",
+        help="images per measured batch (default: 128 32 8 2)",
     )
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)

@@ -91,7 +91,7 @@ def add_arguments(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="bfloat16",
-        help="of the computation (default: %(default)s)",
+        help="dtype of the computation (default: %(default)s)",
     )
     parser.add_argument(
         "--json",

@@ -3,7 +3,7 @@
 Each kernel takes as long as its bytes take through the device's memory, or its
 floating-point operations at the device's peak, whichever is longer, and as long as it
 takes to start; the kernels run one after the other. No program is that fast: no kernel
-reaches the peak, and many do not come close. It is no measurement.
+reaches the peak, and many do not come close. It is not a measurement.
 """
 
 from collections.abc import Iterable

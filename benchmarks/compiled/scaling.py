@@ -1,11 +1,11 @@
 """Compiles training steps for one and many devices, and adds up what they send.
 
 Weak scaling: each device has the same number of images. For each target, model, number
-of devices and normalization: the collective operations of the compiled step, their
-bytes, and the bytes that each device sends over the network if they run in a ring, see
-collectives.py. The figures are repeatable, but they are bytes, not time. Needs the
-compilers of the targets, which `make traffic` installs, but no device. Prints tables
-and writes JSON, anew after each step.
+of devices and normalization it reports the collective operations of the compiled step,
+their bytes, and the bytes that each device sends over the network if they run in a
+ring; see collectives.py. The figures are repeatable, but they are bytes, not time.
+Needs the compilers of the targets, which `make traffic` installs, but no device. Prints
+tables, and rewrites a JSON file after each step.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The devices to compile for, one or many, none of which has to be there.
+"""The devices to compile for, one or many; you need not have any of them.
 
 A GPU is described by the figures its driver would report; those here are from the
 target configurations that OpenXLA publishes. libtpu knows its TPUs by name. What a

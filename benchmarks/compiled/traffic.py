@@ -1,12 +1,12 @@
-"""Compiles training steps for devices that are not there, and adds up what they move.
+"""Compiles training steps for devices that you need not have; adds up what they move.
 
-For each target, model and normalization: the bytes that the kernels of the compiled
-step read from and write to the device's memory (HBM), in all and outside convolutions,
-the temporary memory, the kernels and the compile time, each also relative to flax's
-BatchNorm and to no normalization. The figures are repeatable, but they are traffic, not
-time; the time that `roofline` makes of them is a model's, not measured. Needs the
-compilers of the targets, which `make traffic` installs, but no device. Prints tables
-and writes JSON, anew after each step.
+For each target, model and normalization it reports the bytes that the kernels of the
+compiled step read from and write to the device's memory (HBM), in all and outside
+convolutions, the temporary memory, the number of kernels and the compile time, each
+also relative to Flax's BatchNorm and to no normalization. The figures are repeatable,
+but they are traffic, not time. The time from `roofline` is that of a model, not
+measured. Needs the compilers of the targets, which `make traffic` installs, but no
+device. Prints tables, and rewrites a JSON file after each step.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Where a NaN or an infinity in one example gets to, with every way to normalize.
+"""Finds how far a NaN or an infinity in one example spreads, with every method.
 
 Each example of a batch in turn is NaN, or infinite, or NaN at a single position. The
-loss leaves that example out. Counted is what else is lost: other examples of the
-output, the running statistics, the gradients of other examples, those of the
-parameters; and whether masking the example, or setting it to zero, helps. Prints
-tables and writes JSON.
+loss leaves that example out. It counts what else is lost: other examples of the output,
+the running statistics, the gradients of other examples, and those of the parameters. It
+also checks whether masking the example, or setting it to zero, helps. Prints tables and
+writes JSON.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""What every way to normalize makes of finite values that are hard on it.
+"""Checks what every method makes of finite values that are hard to normalize.
 
-A constant feature, a mean far from zero, numbers near the largest of their type, a
-single example, a mask that leaves nothing. The truth is the same layer in float64, with
-the same sample. Prints a table and writes JSON.
+They are a constant feature, a mean far from zero, numbers near the largest of their
+type, a single example, and a mask that leaves nothing. The reference is the same layer
+in float64, with the same sample. Prints a table and writes JSON.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""Compares layers drawn at random with the NumPy reference: some thousand of them.
+"""Compares hundreds of layers drawn at random with the NumPy reference.
 
 Forms, shapes, samplers, dtypes, masks and meshes of eight devices (of the CPU) are
-those of ``tests/fuzzing.py``, which the tests draw a few of. A failure does not end the
-run; it is written down, with what repeats it. Prints a table and writes JSON.
+those of ``tests/fuzzing.py``, of which the tests draw a few. A failure does not end the
+run; it is recorded, with what is needed to repeat it. Prints a table and writes JSON.
 """
 
 import os
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_counts(
         parser,
-        layers=(500, "layers, each a program"),
+        layers=(500, "number of layers, each of which is compiled"),
         data=(6, "inputs of each layer"),
-        seed=(0, "of the layers and inputs"),
+        seed=(0, "seed of the layers and inputs"),
     )
     parser.add_argument(
-        "--minutes", type=float, metavar="X", help="start no case after so long"
+        "--minutes", type=float, metavar="X", help="start no layer after X minutes"
     )
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""Kills trainings at random moments, starts them again, and compares what they become.
+"""Kills training runs at random moments, restarts them, and compares the results.
 
-A training of examples/imagenet.py on real digits, written as image files, runs without
-interruption. Others with the same settings are killed again and again, mostly with
-SIGKILL, which no program can answer, and started again. In the end each must have the
-same loss in every step and the same parameters, bit for bit. Writes JSON.
+One training run of examples/imagenet.py, on real digits written as image files, is left
+alone. Others with the same settings are killed again and again, mostly with SIGKILL,
+which no program can handle, and restarted. In the end each must have the same loss in
+every step and the same parameters, bit for bit. Writes JSON.
 """
 
 import argparse
@@ -87,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_counts(
         parser,
         trials=(50, "interruptions in all"),
-        epochs=(12, "passes over the images in a training"),
-        seed=(0, "of the moments"),
+        epochs=(12, "passes over the images in a training run"),
+        seed=(0, "seed of the moments of interruption"),
     )
     parser.add_argument(
         "--seconds",

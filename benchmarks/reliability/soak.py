@@ -1,9 +1,9 @@
-"""Trains for some thousand steps, and watches memory and the number of programs.
+"""Trains for thousands of steps, and watches memory and the number of programs.
 
-A small network with folded norms, in Linen and NNX, with other images and another key
-in each step. After a warm-up nothing may grow: neither the arrays that are alive, nor
-the memory of the process, nor the programs that are compiled. Prints a table and writes
-JSON.
+A small network with folded norms trains in Linen and in NNX, with new images and a new
+key in each step. After a warm-up nothing may grow: neither the number of live arrays,
+nor the memory of the process, nor the number of compiled programs. Prints a table and
+writes JSON.
 """
 
 import gc
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(__doc__)
     add_counts(
         parser,
-        steps=(5000, "of each network"),
-        every=(500, "steps between two looks; the first ends the warm-up"),
+        steps=(5000, "training steps of each network"),
+        every=(500, "steps between measurements; the first one ends the warm-up"),
     )
     timing.add_file_argument(parser)
     args = parser.parse_args(argv)

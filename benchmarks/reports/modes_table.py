@@ -1,4 +1,4 @@
-"""The two modes through a training as Markdown."""
+"""Training and evaluation mode during a training run, as Markdown."""
 
 from reports.tables import Report, markdown, number, percent
 

@@ -1,4 +1,4 @@
-"""The chart of how well samples know their batch: the gradient's error by sampler.
+"""The chart of how well samples represent their batch: the gradient's error.
 
 Narrow, with each name above its values, so that it can be read on a phone.
 """

@@ -1,12 +1,12 @@
 """Writes the committed results into the documentation: tables, captions and charts.
 
-``docs/benchmarks.md``, of many devices ``docs/scaling.md``, and ``docs/reliability.md``
-get those of benchmarks/results, the newest of each device and case;
-``docs/accuracy.md`` those of the studies in examples/ and the noise of samples,
-``docs/normalizers.md`` that of all normalizers, ``docs/tutorial.md`` a run of ``make
-demo``. What stands between the markers of a page, such as ``<!-- begin: block -->`` and
-``<!-- end -->``, is replaced, and the rest left alone. ``--check`` writes nothing and
-fails if a page is out of date.
+``docs/benchmarks.md``, ``docs/scaling.md`` (many devices) and ``docs/reliability.md``
+get the results in benchmarks/results, the newest of each device and case.
+``docs/accuracy.md`` gets the studies in examples/ and the noise of samples,
+``docs/normalizers.md`` the study of all normalizers, and ``docs/tutorial.md`` a run of
+``make demo``. Only text between the markers of a page, such as
+``<!-- begin: block -->`` and ``<!-- end -->``, is replaced. ``--check`` writes nothing
+and fails if a page is out of date.
 """
 
 import collections
@@ -65,9 +65,9 @@ class Page(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Updates or checks the pages and returns the exit status."""
     parser = Parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--check", action="store_true", help="only check the pages")
     parser.add_argument(
-        "--root", type=Path, default=ROOT, metavar="DIR", help="of the repository"
+        "--root", type=Path, default=ROOT, metavar="DIR", help="root of the repository"
     )
     args = parser.parse_args(argv)
     found = studies.read(args.root / "examples")

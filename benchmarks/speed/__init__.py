@@ -1,1 +1,1 @@
-"""How long layers and training steps take on the device there is."""
+"""How long layers and training steps take on this device."""

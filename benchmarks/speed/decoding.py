@@ -1,12 +1,12 @@
 """Times the input of examples/imagenet.py against decoding alone, and other decoders.
 
-`decode` makes an array of a JPEG; `crop` also resizes a random part, flipped or not;
-`input` is all that a training waits for: reading, `crop`, order and batches. The JPEGs
-are parts of scikit-learn's two photos, nearly as many bytes a pixel as ImageNet's, what
-shrink.py makes of them, and some enlarged. All variants run in turns. What counts is
-the processor time of all threads, so that other programs matter less; a ratio is the
-median of the rounds' ratios. Prints tables and writes JSON, anew after each kind of
-file.
+`decode` turns a JPEG into an array; `crop` also resizes a random part, flipped or not;
+`input` is all that a training run waits for: reading, `crop`, shuffling and batching.
+The JPEGs are cut from scikit-learn's two photos, with nearly as many bytes per pixel as
+ImageNet's; there are also copies from shrink.py, and enlarged ones. All variants run in
+turns. The processor time of all threads counts, so other programs matter less; a ratio
+is the median of the rounds' ratios. Prints tables, and rewrites a JSON file after each
+kind of file.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nargs="*",
         choices=tuple(_MODULES),
         default=tuple(_MODULES),
-        help="besides Pillow (default: all)",
+        help="decoders to time besides Pillow (default: all)",
     )
     parser.add_argument(
         "--threads",
@@ -103,14 +103,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=int,
         default=(1, 2),
         metavar="N",
-        help="of the input (default: 1 2)",
+        help="numbers of threads of the input (default: 1 2)",
     )
     add_counts(
         parser,
         image_size=(224, "side of the crops, in pixels"),
         side=(256, "shorter side of the files that shrink.py makes"),
         photos=(64, "different files"),
-        images=(512, "that each measurement of the input reads"),
+        images=(512, "images that each measurement of the input reads"),
         rounds=(15, "measurements of each variant"),
     )
     timing.add_file_argument(parser)

@@ -1,13 +1,13 @@
-"""Times one layer, forward and gradient: ours with each sampler against flax's.
+"""Times one layer, forward and gradient: ours with each sampler against Flax's.
 
 ``--what norm`` is the norm alone on a given activation. ``--what block`` is the
-convolution, the norm and the ReLU; the norm's own cost is what the block takes more
-than the same convolution with a bias and a ReLU.
+convolution, the norm and the ReLU; the norm's own cost is the time of the block minus
+that of the same convolution with a bias and a ReLU.
 
 Shapes are those of ResNet-50's batch norms and of a multilayer perceptron. All variants
 of a shape get the same input, whose last examples are the virtual ones. They are
-compiled first and then run in turns, so that whatever else the machine does hits all
-alike; a ratio is the median of the rounds' ratios. Prints a table and writes JSON, anew
+compiled first and then run in turns, so other load on the machine affects all alike; a
+ratio is the median of the rounds' ratios. Prints a table, and rewrites a JSON file
 after each shape.
 """
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32" if on_cpu else "bfloat16",
-        help="of the computation (default: %(default)s)",
+        help="dtype of the computation (default: %(default)s)",
     )
     timing.add_arguments(parser, rounds=9 if on_cpu else 25)
     args = parser.parse_args(argv)

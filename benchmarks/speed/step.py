@@ -1,7 +1,7 @@
 """The training step that the benchmarks time and take apart: one for all models.
 
 Stochastic gradient descent with momentum on the softmax cross entropy of a classifier;
-parameters and statistics in float32, computation in a narrower type if wanted.
+parameters and statistics in float32, computation in a narrower dtype if you like.
 """
 
 from typing import Any, NamedTuple

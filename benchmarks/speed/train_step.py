@@ -1,10 +1,10 @@
-"""Times whole training steps: flax's batch norm, ours, folded or not, and no norm.
+"""Times whole training steps: Flax's batch norm, ours, folded or not, and no norm.
 
-Reports images a second and memory of networks in training, on random images. All
-variants of a model and batch size are compiled first and then run in turns, so that
-whatever else the machine does hits all alike; ratios are medians of the rounds' ratios.
-Where PyTorch is installed, it runs the same network in the same rounds (channels last,
-autocast, torch.compile). Prints a table and writes JSON, anew after each model.
+Reports images per second and memory of networks in training, on random images. All
+variants of a model and batch size are compiled first and then run in turns, so other
+load on the machine affects all alike; ratios are medians of the rounds' ratios. Where
+PyTorch is installed, it runs the same network in the same rounds (channels last,
+autocast, torch.compile). Prints a table, and rewrites a JSON file after each model.
 """
 
 import argparse
@@ -166,14 +166,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=[32] if on_cpu else [256, 64, 512, 128],
         metavar="N",
-        help="images in a step (default: %(default)s)",
+        help="images per step (default: %(default)s)",
     )
     add_names(parser, "--variant", VARIANTS, _DEFAULT)
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32" if on_cpu else "bfloat16",
-        help="of the computation (default: %(default)s)",
+        help="dtype of the computation (default: %(default)s)",
     )
     parser.add_argument(
         "--jobs",

@@ -20,26 +20,26 @@ NAMES = {
 _HELP = {
     "model": f"one of {', '.join(LINEN)}",
     "api": f"one of {', '.join(NETWORKS)}",
-    "width": "features of the first stage or hidden layer, if not the model's own",
-    "batch_size": "images in a step",
-    "norm_batch_size": "images normalized together, as on a device that holds so few, "
-    "if not the batch; several such groups on a device are faster without --fold",
+    "width": "features of the first stage or hidden layer (default: the model's own)",
+    "batch_size": "images per step",
+    "norm_batch_size": "images normalized together, as on a device that holds so few "
+    "(default: the batch); several such groups on a device are faster unfolded",
     "epochs": "passes over the training images",
     "learning_rate": "peak of the schedule: warm-up, then cosine",
     "warmup": "share of all steps in which the learning rate rises",
-    "weight_decay": "of kernels",
+    "weight_decay": "weight decay of kernels",
     "label_smoothing": "share of the target that is spread over all classes",
     "accumulate": "micro-batches in a step, one after the other",
-    "dtype": f"of the computation: {', '.join(DTYPES)}; the rest is float32",
+    "dtype": f"dtype of the computation: {', '.join(DTYPES)}; the rest is float32",
     "augment": "random crops and flips",
-    "fresh_virtual": "resample virtual images in each step",
+    "fresh_virtual": "draw new virtual images in each step",
     "dataset": f"one of {', '.join(DATASETS)}",
-    "train_size": "use only so many training images",
-    "image_size": "side of the images, averaged from larger ones, if not their own",
+    "train_size": "use only this many training images",
+    "image_size": "side of the images, averaged from larger ones (default: their own)",
     "norm": f"any of {', '.join(methods.NAMES)}, or a sampler as in Python; an amount "
     "may follow: lattice:4 measures about four positions of each map, bs:8 eight "
     "images, fs:1/16 that share of each map, vdn:4 four virtual images, lattice+vdn:4 "
-    "two of them, brn@lattice Batch Renormalization of a lattice, ghost:8 eight "
+    "mixes both, brn@lattice is Batch Renormalization of a lattice, ghost:8 eight "
     "groups, ba:4 four copies",
     "fold": "fold sampled norms into the convolution or dense layer before them",
     "seed": "seed of all that is random",

@@ -26,9 +26,9 @@ def add_option(group: Any) -> None:
         "--distributed",
         nargs="*",
         metavar="ADDRESS N I",
-        help="train with other processes, this being number I of N, counted from 0, "
-        "and ADDRESS, HOST:PORT, a free port of the first one's machine; Slurm, Open "
-        "MPI, Kubernetes and TPU pods tell all of that themselves",
+        help="train with other processes: ADDRESS is HOST:PORT, a free port on the "
+        "machine of the first one, N their number, I the index of this one, from 0; "
+        "Slurm, Open MPI, Kubernetes and TPU pods need none of the three",
     )
 
 

@@ -38,12 +38,12 @@ class BatchNorm(nn.BatchNorm, Hooks):
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
-    Positions are resampled in each layer and step, from the rng stream ``'sampling'``
-    or, as Flax's dropout does, from ``'params'`` where it is missing; nothing is drawn
-    at evaluation and in ``init``. Input and output are ``(N, *spatial, C)``, of any
-    real or complex dtype; running statistics are float32. With ``sampler=None`` this is
-    Flax's layer bit for bit, and parameters and statistics always have Flax's names, so
-    that checkpoints load either way.
+    Samplers that draw positions do so in each layer and step, with keys from the rng
+    stream ``'sampling'`` or, if it is missing, ``'params'``, as Flax's dropout does.
+    Nothing is drawn at evaluation or in ``init``. Input and output are
+    ``(N, *spatial, C)``, of any real or complex dtype; running statistics are float32.
+    With ``sampler=None`` this is Flax's layer bit for bit, and parameters and
+    statistics always have Flax's names, so that checkpoints load either way.
 
     A step whose mask leaves no position to measure normalizes with the running
     statistics and leaves them as they are; with ``sampler=None`` its output is Flax's,
@@ -53,14 +53,14 @@ class BatchNorm(nn.BatchNorm, Hooks):
     Attributes:
       sampler: which positions are measured in training; None measures all of them.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before normalizing, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of images that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
       rng_collection: name of the rng stream.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` no
-        number.
+      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` is not
+        a number.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
         is out of range, or the rng stream is missing and needed.
 

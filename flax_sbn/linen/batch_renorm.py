@@ -6,7 +6,7 @@ from flax_sbn.linen.batch_norm import CountingBatchNorm
 
 
 class BatchRenorm(RenormHooks, CountingBatchNorm):
-    r"""Batch Renormalization: trains with the output of inference, and BN's gradient.
+    r"""Batch Renormalization: trains with the output of evaluation and BN's gradient.
 
     .. math::
       y = \mathit{scale} \cdot \Big( \frac{x - \mu_b}{s_b} \cdot r + d \Big) +
@@ -15,17 +15,17 @@ class BatchRenorm(RenormHooks, CountingBatchNorm):
     :class:`BatchNorm` whose statistics are corrected to the running ones; see
     :func:`flax_sbn.alternatives.batch_renorm` for ``r`` and ``d``, and for the rest
     :class:`BatchNorm`. The limits grow with the number of training steps, which is kept
-    beside the running statistics as ``step``, int32, and is saved and restored with
-    them. Running standard deviations are averaged; ``var`` is their square less
-    ``epsilon``, so that evaluation, export and :class:`BatchNorm` read it as usual.
+    with the running statistics as ``step``, int32, and is saved and restored with them.
+    Running standard deviations are averaged; ``var`` is their square less ``epsilon``,
+    so that evaluation, export and :class:`BatchNorm` read it as usual.
 
     With a ``sampler`` it is Batch Renormalization of sampled statistics, and as
     ``norm_cls`` of :class:`ConvNorm` and :class:`DenseNorm` it folds into the layer
     before it.
 
     Attributes:
-      running_weight: share of the running statistics in what is corrected to; 1 is the
-        paper's.
+      running_weight: how far the statistics are corrected towards the running ones, in
+        [0, 1]; 1 is the paper's.
       r_max: limit of the scale's correction, at least 1: a number or a function of the
         step; by default the paper's, 1 up to step 5,000 and 3 from step 40,000.
       d_max: limit of the mean's correction, at least 0, likewise: 0 up to step 5,000

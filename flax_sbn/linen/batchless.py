@@ -28,8 +28,8 @@ class BatchlessNorm(nn.Module):
     The parameters ``mean`` and ``log_scale`` (:math:`\mu` and :math:`\rho`) get their
     gradient from :func:`flax_sbn.alternatives.batchless_nll` alone, which the layer
     sows in training as ``'nll'`` into the collection ``'losses'``. Make that collection
-    mutable, and add its sum to the loss; without it they never change. Evaluation
-    computes the same and sows nothing.
+    mutable, and add its sum to the loss; otherwise the two parameters never change.
+    Evaluation computes the same and sows nothing.
 
     ``init`` sets both parameters to the statistics of the batch it is given, layer by
     layer: give it real images. A feature that does not vary in it, as in an array of

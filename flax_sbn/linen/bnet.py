@@ -36,8 +36,8 @@ class BNET(nn.Module):
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
-      ValueError: if ``kernel_size`` has another number of axes than the input's space,
-        and as :class:`BatchNorm`.
+      ValueError: if ``kernel_size`` does not have one entry for each spatial axis of
+        the input, and as :class:`BatchNorm`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -19,18 +19,18 @@ class ConvNorm(LinearNorm):
       y = \mathrm{activation}(\mathrm{norm}(\mathrm{conv}(x)) + \mathit{residual})
 
     With a sampler, the norm is folded into the kernel and bias of the convolution (see
-    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and value and
-    gradients stay the same. With ``sampler=None`` training is ordinary
+    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and output and
+    gradients stay the same. With ``sampler=None`` training runs an ordinary
     :class:`flax.linen.Conv` and :class:`BatchNorm`. At evaluation the running
-    statistics are folded, with any sampler and with none.
+    statistics are folded, with or without a sampler.
 
     Parameters are ``conv/kernel``, ``norm/scale`` and ``norm/bias``, running statistics
     ``norm/mean`` and ``norm/var``, float32 whatever the compute dtype: those of modules
-    named ``conv`` and ``norm``. Positions are drawn from the rng stream ``'sampling'``,
-    or from ``'params'`` where it is missing.
+    named ``conv`` and ``norm``. Samplers that draw positions take keys from the rng
+    stream ``'sampling'``, or from ``'params'`` where it is missing.
 
     Attributes:
-      features: number of output features, as all up to ``mask`` in
+      features: number of output features. This and all fields up to ``mask`` are as in
         :class:`flax.linen.Conv`.
       kernel_size: extent of the window.
       strides: of the window.
@@ -39,7 +39,8 @@ class ConvNorm(LinearNorm):
       kernel_dilation: of the kernel.
       feature_group_count: number of groups of features.
       mask: of the kernel's entries.
-      use_running_average: evaluation, as all up to ``force_float32_reductions`` in
+      use_running_average: normalize with the running statistics (evaluation). This and
+        all fields up to ``force_float32_reductions`` are as in
         :class:`flax.linen.BatchNorm`.
       momentum: decay rate of the running statistics.
       epsilon: added to the variance.
@@ -50,8 +51,8 @@ class ConvNorm(LinearNorm):
       scale_init: initializer of the norm's scale.
       axis_name: devices that pool their statistics.
       axis_index_groups: groups of them.
-      use_fast_variance: with ``sampler=None``, one pass.
-      force_float32_reductions: with ``sampler=None``.
+      use_fast_variance: measure in one pass, with ``sampler=None``.
+      force_float32_reductions: reduce in float32, with ``sampler=None``.
       dtype: dtype of the computation and the output.
       param_dtype: dtype of the parameters.
       precision: of the convolution.
@@ -62,11 +63,11 @@ class ConvNorm(LinearNorm):
       sampler: which positions of the output are measured in training; None measures
         all of them, and does not fold.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`. None for
-        what is the default of ``norm_cls``.
+        before normalizing, in [0, 1]; see :func:`flax_sbn.renormalize`. None for the
+        default of ``norm_cls``.
       rng_collection: name of the rng stream that positions are drawn from.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
-        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
+        :class:`BatchRenorm`; set its other options with :func:`functools.partial`.
       activation: applied last, or None. :func:`flax.linen.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
 

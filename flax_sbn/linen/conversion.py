@@ -29,26 +29,27 @@ def to_folded_layers(
     """Renames variables of layers and norms to those of :class:`ConvNorm`.
 
     ``Conv_0/kernel`` becomes ``ConvNorm_0/conv/kernel``, and ``BatchNorm_0/scale``
-    ``ConvNorm_0/norm/scale``, for each norm that the report calls folded; of a dense
-    layer they are those of :class:`DenseNorm`. A bias of the layer is subtracted from
-    the norm's running mean, where alone it matters, and left out. The model with the
-    folded layers then computes what the plain one does.
+    ``ConvNorm_0/norm/scale``, for each norm that the report calls folded. For a dense
+    layer the names are those of :class:`DenseNorm`. A bias of the layer is subtracted
+    from the norm's running mean, the only place where it matters, and left out. The
+    model with the folded layers then computes what the plain one does.
 
-    Optimizer states go along: pass them beside the variables, under any key. Wherever
-    dictionaries are nested as in ``params`` or ``batch_stats``, they are renamed. All
-    else, sharding metadata included, stays as it is.
+    You may pass other trees, such as optimizer states, along with the variables, under
+    any key. They are renamed wherever they are nested as ``params`` or ``batch_stats``
+    are. All else, sharding metadata included, stays as it is.
 
     The report depends on the sampler: :class:`flax_sbn.LatticeSampling` measures all of
     a small map, and has nothing to fold there. With ``BatchSampling(2)`` all norms
     that directly follow a layer are reported as folded.
 
     Args:
-      variables: ``{"params": ..., "batch_stats": ...}`` of the plain model, and what
-        goes along.
+      variables: ``{"params": ..., "batch_stats": ...}`` of the plain model, and any
+        other trees to rename.
       report: what becomes of the plain model's norms, from :func:`switch_report`.
-      names: called with the paths of a layer and of its norm, such as
-        ``"Block_0/Conv_3"``: the path of the folded layer. None for ``ConvNorm_3`` in
-        place of ``Conv_3``, ``DenseNorm_1`` of ``Dense_1``, and any other layer's own.
+      names: a function of the paths of a layer and of its norm, such as
+        ``"Block_0/Conv_3"``, that returns the path of the folded layer. By default
+        ``Conv_3`` becomes ``ConvNorm_3``, ``Dense_1`` becomes ``DenseNorm_1``, and a
+        layer with another name keeps it.
 
     Returns:
       Variables of the same nesting.
@@ -109,11 +110,12 @@ def to_plain_layers(
     The inverse of :func:`to_folded_layers`: see there.
 
     Args:
-      variables: of the model with folded layers, and what goes along.
+      variables: of the model with folded layers, and any other trees to rename.
       report: what becomes of the *plain* model's norms, from :func:`switch_report`.
       names: as they were given to :func:`to_folded_layers`.
-      use_bias: whether the plain layers have a bias. It is zero, as is all that goes
-        along with it, and of the form of the norm's bias, or else of its scale.
+      use_bias: whether the plain layers have a bias. It is zero, and so are its entries
+        in the other trees. Its dtype and metadata are those of the norm's bias or, if
+        there is none, of its scale.
 
     Returns:
       Variables of the same nesting.

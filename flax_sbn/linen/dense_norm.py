@@ -18,11 +18,12 @@ class DenseNorm(LinearNorm):
 
     As :class:`ConvNorm`, with a dense layer: see there. Parameters are
     ``dense/kernel``, ``norm/scale`` and ``norm/bias``. Without spatial axes
-    FeatureSampling does not apply; use BatchSampling.
+    FeatureSampling raises an error, and LatticeSampling measures the whole batch, so
+    that nothing is folded; use BatchSampling.
 
     Attributes:
       features: number of output features.
-      precision: of the product, as all up to ``dot_general_cls`` in
+      precision: of the product. This and all fields up to ``dot_general_cls`` are as in
         :class:`flax.linen.Dense`.
       kernel_init: initializer of the kernel.
       dot_general: the product to use.

@@ -19,9 +19,9 @@ class DiminishingBatchNorm(DiminishingHooks, CountingBatchNorm):
     updated; see :func:`flax_sbn.alternatives.diminishing_batch_norm`, and for the rest
     :class:`BatchNorm`. ``var`` is the square of :math:`s_t` less ``epsilon``, so that
     evaluation, export and :class:`BatchNorm` read it as usual. The number of training
-    steps is kept beside it as ``step``, int32, and is saved and restored with it.
-    ``weight`` takes the place of ``momentum`` and ``running_weight``, which change
-    nothing.
+    steps is kept with it as ``step``, int32, and is saved and restored with it.
+    ``weight`` takes the place of ``momentum`` and ``running_weight``, which have no
+    effect.
 
     With a ``sampler`` it mixes sampled statistics, and as ``norm_cls`` of
     :class:`ConvNorm` and :class:`DenseNorm` it folds into the layer before it.

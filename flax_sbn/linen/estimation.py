@@ -42,20 +42,21 @@ def estimate_statistics(
       v &= \frac{\sum_b n_b \left( v_b + |\mu_b - \mu|^2 \right)}{\sum_b n_b}
       \end{aligned}
 
-    Also known as precise BN. Do it where running averages are not those of the
-    parameters: after averaging parameters, with few training steps or a large momentum.
+    Also known as precise BN. Use it where the running averages do not fit the
+    parameters: after averaging parameters, after few training steps, or with a large
+    momentum.
 
-    The model runs once over the batches, as it trains: every norm normalizes with what
-    it measures in a batch, on its sample if it has a sampler, and with the running
-    statistics as they are given if it takes them into account (``running_weight``,
-    :class:`BatchRenorm`). What the running statistics are made of is the whole batch,
-    whatever the sampler and ``ghost_groups``. To normalize with the whole batch as
-    well, pass the model with ``sampler=None``: its variables are the same. Do so after
-    training with virtual images, which would be measured as any others.
+    The model runs once over the batches, and normalizes as in training: with what a
+    norm measures in a batch, on its sample if it has a sampler, and with the given
+    running statistics if it uses them (``running_weight``, :class:`BatchRenorm`). But
+    the new running statistics are those of whole batches, whatever the sampler and
+    ``ghost_groups``. To normalize with the whole batch as well, pass the model with
+    ``sampler=None``: its variables are the same. Do so after training with virtual
+    images, which would be measured like any others.
 
-    Measured are :class:`flax.linen.BatchNorm`, :class:`BatchNorm` and all that derive
+    It covers :class:`flax.linen.BatchNorm`, :class:`BatchNorm` and all classes derived
     from them, :class:`ConvNorm`, :class:`DenseNorm`, :class:`BNET` and :class:`IC`;
-    also in ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit``. Left alone are norms
+    also in ``nn.scan``, ``nn.vmap``, ``nn.remat`` and ``nn.jit``. It leaves alone norms
     that normalize with their running statistics (frozen ones), and layers whose running
     state is not that of a batch norm: :class:`KalmanNorm` with the norm inside,
     :class:`MixtureNorm`, :class:`MovingAverageBatchNorm`, :class:`Shade`.
@@ -69,15 +70,15 @@ def estimate_statistics(
 
     Args:
       model: what is called.
-      variables: its variables, with running statistics, of whatever value.
+      variables: its variables, with running statistics of any value.
       batches: what the model is called with: arrays, or trees of arrays. Wrap the
         iterable to see progress, ``tqdm(batches)``.
       *args: what the model is called with after a batch; arrays or static.
       rngs: as in :meth:`flax.linen.Module.apply`; every batch draws anew.
-      mutable: collections that the model changes besides ``'batch_stats'``; what it
-        makes of them is dropped.
+      mutable: collections that the model changes besides ``'batch_stats'``; their new
+        values are dropped.
       **kwargs: of ``apply``, such as ``train=True``. ``method`` may be a function of
-        the module and a batch, for models that are called otherwise:
+        the module and a batch, for models that take other arguments:
         ``lambda model, batch: model(batch["image"], batch["mask"], train=True)``.
 
     Returns:

@@ -31,8 +31,9 @@ def fold_variables(
     Every :class:`ConvNorm` and :class:`DenseNorm` is left with a kernel and a bias,
     under ``conv`` or ``dense``, and without a norm. The same model evaluates the result
     to the same outputs; so does any other with plain layers of these names. Layers that
-    ``nn.scan`` or ``nn.vmap`` stack along leading axes stay stacked. Boxes that say how
-    kernels are divided among devices stay, and the biases get those of their features.
+    ``nn.scan`` or ``nn.vmap`` stack along leading axes stay stacked. Boxes with
+    sharding metadata, such as ``nn.Partitioned``, stay, and the biases get boxes for
+    their features.
 
     Args:
       model: a Linen model.
@@ -47,8 +48,7 @@ def fold_variables(
 
     Raises:
       ValueError: if the model evaluates no layer that can be folded, a wrapper such as
-        ``flax.linen.WeightNorm`` changes the variables of one, or outputs are not
-        what they were.
+        ``flax.linen.WeightNorm`` changes the variables of one, or the outputs change.
 
     Example:
       >>> import jax, jax.numpy as jnp

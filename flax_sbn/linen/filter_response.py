@@ -27,7 +27,7 @@ class FilterResponseNorm(nn.Module):
     Attributes:
       axis: the feature axis or axes.
       epsilon: its absolute value is added to the mean square.
-      learn_epsilon: learn one epsilon for each feature in the place of ``epsilon``; for
+      learn_epsilon: learn one epsilon for each feature in place of ``epsilon``; for
         maps of a single value, of which little but the sign is left otherwise.
       dtype: dtype of the result; by default that of input and parameters promoted.
       param_dtype: dtype of the parameters.
@@ -78,7 +78,7 @@ class FilterResponseNorm(nn.Module):
 
 
 class TLU(nn.Module):
-    r"""Thresholded linear unit: a ReLU that is cut off at a learned place.
+    r"""Thresholded linear unit: a ReLU with a learned threshold.
 
     .. math::
       y = \max(x, \tau)

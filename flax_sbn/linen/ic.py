@@ -19,7 +19,7 @@ class IC(nn.Module):
     .. math::
       y = \mathrm{dropout}(\mathrm{norm}(x))
 
-    Its place is before a convolution or dense layer, after the activation: ReLU, IC,
+    Put it before a convolution or dense layer, after the activation: ReLU, IC,
     convolution. There is one switch, ``use_running_average``: evaluation normalizes
     with the running statistics and drops nothing. In training
     :class:`flax.linen.Dropout` draws from the rng stream ``'dropout'``, and a sampler

@@ -22,10 +22,10 @@ def apply_with_inputs(
     """Calls ``module.apply``, and measures what goes into each layer.
 
     Layers are :class:`flax.linen.Dense` and :class:`flax.linen.Conv`, wherever in the
-    module. Left out are their subclasses, which may do otherwise, convolutions in
-    groups, and layers lifted by ``nn.vmap`` or ``nn.scan``; ``nn.jit`` and ``nn.remat``
-    are fine. A layer that is called more than once gives the statistics of all its
-    inputs.
+    module. Their subclasses, which may compute something else, grouped convolutions,
+    and layers lifted by ``nn.vmap`` or ``nn.scan`` are left out; ``nn.jit`` and
+    ``nn.remat`` are fine. A layer that is called more than once gives the statistics of
+    all its inputs.
 
     The statistics carry no gradient. Each device of a ``shard_map`` measures its own
     images.

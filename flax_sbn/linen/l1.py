@@ -13,8 +13,8 @@ class L1BatchNorm(L1Hooks, BatchNorm):
       s &= \sqrt{\pi / 2} \cdot \mathrm{mean}\,|x - \mu| + \epsilon
       \end{aligned}
 
-    :class:`BatchNorm` otherwise, with its fields and names, for real inputs. The
-    running average is that of :math:`s`; the statistic ``var`` is its square less
+    All else is as in :class:`BatchNorm`, with its fields and names, for real inputs.
+    The running average is that of :math:`s`; the statistic ``var`` is its square less
     ``epsilon``, and negative where a feature hardly varies. See
     :func:`flax_sbn.alternatives.l1_moments`.
 

@@ -30,16 +30,16 @@ class MovingAverageBatchNorm(nn.Module):
       \end{aligned}
 
     See :func:`flax_sbn.alternatives.moving_average_batch_norm` for ``r`` and the
-    backward pass, and put it behind a :class:`CenteredConv` without a bias: it
+    backward pass, and put the layer after a :class:`CenteredConv` without a bias: it
     subtracts no mean. ``batch_stats`` holds ``chi``, ``(window, C)``, ``var``, ``(C,)``
     and ``step``.
 
     The averages of the backward pass are ``psi``, ``(window, C)``, in the collection
     ``'_overwrite_with_gradient'``. As with Flax's fp8 layers, its gradient is its next
-    value: differentiate with respect to ``{"params": ...,
-    "_overwrite_with_gradient": ...}`` and hand the gradients to
-    :class:`flax.training.train_state.TrainState`, which overwrites; keep ``psi`` from
-    clipping, loss scaling and gradient accumulation.
+    value: differentiate with respect to
+    ``{"params": ..., "_overwrite_with_gradient": ...}`` and pass the gradients to
+    :class:`flax.training.train_state.TrainState`, which overwrites ``psi`` with its
+    gradient. Keep ``psi`` away from clipping, loss scaling and gradient accumulation.
 
     Attributes:
       use_running_average: normalize with ``var`` (evaluation).
@@ -53,10 +53,10 @@ class MovingAverageBatchNorm(nn.Module):
       bias_init: initializer of the bias.
       scale_init: initializer of the scale.
       axis_name: devices that pool their averages.
-      window: how many steps are averaged over; times the images of a step, the batch
-        size to be simulated.
+      window: number of steps that are averaged over. Times the images per step, it is
+        the batch size that is simulated.
       warmup: steps before averages over the window are used.
-      renorm_warmup: steps before :math:`r` is.
+      renorm_warmup: steps before :math:`r` is used.
       r_max: limit of :math:`r`, at least 1.
 
     Raises:

@@ -44,7 +44,8 @@ class NormFreeBlock(nn.Module):
       skip_gain_init: initializer of the gain of the branch.
 
     Raises:
-      ValueError: if branch and input differ in shape: give a ``padding`` that keeps it.
+      ValueError: if branch and input differ in shape. Choose a ``conv`` whose padding
+        keeps the shape.
 
     Example:
       >>> import jax, jax.numpy as jnp

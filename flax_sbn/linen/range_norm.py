@@ -16,8 +16,8 @@ class RangeBatchNorm(RangeHooks, BatchNorm):
       \left( \mathrm{mean} \max x - \mathrm{mean} \min x \right) + \epsilon
       \end{aligned}
 
-    :class:`BatchNorm` otherwise, with its fields and names, for real inputs. The
-    running average is that of :math:`s`; the statistic ``var`` is its square less
+    All else is as in :class:`BatchNorm`, with its fields and names, for real inputs.
+    The running average is that of :math:`s`; the statistic ``var`` is its square less
     ``epsilon``, and negative where a feature hardly varies. See
     :func:`flax_sbn.alternatives.range_moments`.
 

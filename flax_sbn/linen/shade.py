@@ -11,7 +11,7 @@ from flax_sbn.statistics import Axis, feature_shape
 class Shade(nn.Module):
     r"""Returns its input, and in training sows a loss that regularizes it.
 
-    To be put between a layer and its nonlinearity. The loss, ``weight`` times
+    Put it between a layer and its nonlinearity. The loss, ``weight`` times
     :func:`flax_sbn.alternatives.shade`, is sown as ``'shade'`` into the collection
     ``'losses'``: make that collection mutable, and add its sum to the loss. It is taken
     about the ``means`` in ``'batch_stats'`` from before the step, which training then

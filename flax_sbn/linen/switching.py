@@ -51,7 +51,7 @@ def sample_norms(
     :class:`flax_sbn.linen.BatchNorm` with the sampler. Where its input is the very
     output of a :class:`flax.linen.Conv` or :class:`flax.linen.Dense`, and the model is
     compiled, it is folded into that layer, as by :class:`flax_sbn.linen.ConvNorm`.
-    Value and gradients are those of the unfolded layers, to rounding. ``init`` and
+    Output and gradients are those of the unfolded layers, up to rounding. ``init`` and
     evaluation are the model's own, bit for bit. Variables, calls, class name and
     checkpoints are the same: the given model is this one's plain form.
 
@@ -61,16 +61,15 @@ def sample_norms(
       model: a module that is not bound to variables.
       sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before normalizing, in [0, 1]; see :func:`flax_sbn.renormalize`.
       fold: whether norms are folded where they can be.
-      only: called with a norm's path and the module: whether it is switched. None for
-        every norm.
-      norm_types: classes of the model's own that are batch norms as Flax's is, with its
-        fields, variables and call. Classes derived from Flax's without a call of their
-        own are switched anyway.
-      fuse_relu: whether :func:`jax.nn.relu` is differentiated as
-        :func:`flax_sbn.relu` is, which stays fused, while the model runs. The
-        gradients are the same.
+      only: a function of a norm's path and the module that says whether to switch it.
+        None for every norm.
+      norm_types: your own batch norm classes, with the fields, variables and call of
+        Flax's. Subclasses of Flax's without a ``__call__`` of their own are switched
+        anyway.
+      fuse_relu: whether, while the model runs, :func:`jax.nn.relu` is differentiated in
+        the way of :func:`flax_sbn.relu`, which stays fused. The gradients are the same.
       rng_collection: see :class:`flax_sbn.linen.BatchNorm`.
 
     Returns:
@@ -136,7 +135,8 @@ def switch_report(
       A report, which prints as a table.
 
     Raises:
-      ValueError: if the model was not switched, has no norm to switch, or evaluates.
+      ValueError: if the model was not switched, has no norm to switch, or is in
+        evaluation mode.
 
     Example:
       >>> import jax.numpy as jnp

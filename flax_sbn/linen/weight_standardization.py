@@ -33,7 +33,7 @@ class WSConv(Standardized, nn.Conv):
 
     with mean and variance of the ``n`` weights of each output feature; see
     :func:`flax_sbn.alternatives.standardize_kernel`. All fields but ``gain_init`` are
-    those of :class:`flax.linen.Conv`; keep the bias, which no norm adds any more.
+    those of :class:`flax.linen.Conv`; keep the bias, since there is no norm to add one.
     Parameters are ``kernel`` and ``bias``, as there, and ``gain``, ``(C,)``. The
     weights are standardized before they are cast to ``dtype``.
 

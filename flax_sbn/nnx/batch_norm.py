@@ -32,11 +32,12 @@ class BatchNorm(nnx.BatchNorm, Hooks):
     .. math::
       y = \mathit{scale} \cdot \frac{x - \mu_S}{\sqrt{v_S + \epsilon}} + \mathit{bias}
 
-    Positions are drawn from the rng stream ``'sampling'``, forked from ``rngs`` when
-    the layer is made, for each layer and step; nothing is drawn at evaluation.
-    Input and output are ``(N, *spatial, C)``, of any real dtype; running statistics
-    are float32. With ``sampler=None`` this is Flax's layer bit for bit, and
-    parameters and statistics always have Flax's names: checkpoints load either way.
+    Samplers that draw positions do so in each layer and step, with keys from the rng
+    stream ``'sampling'``, forked from ``rngs`` when the layer is created. Nothing is
+    drawn at evaluation. Input and output are ``(N, *spatial, C)``, of any real dtype;
+    running statistics are float32. With ``sampler=None`` this is Flax's layer bit for
+    bit, and parameters and statistics always have Flax's names: checkpoints load either
+    way.
 
     A step whose mask leaves no position to measure normalizes with the running
     statistics and leaves them as they are; with ``sampler=None`` its output is Flax's,
@@ -47,19 +48,19 @@ class BatchNorm(nnx.BatchNorm, Hooks):
       num_features: number of features ``C``.
       sampler: which positions are measured in training; None measures all of them.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before normalizing, in [0, 1]; see :func:`flax_sbn.renormalize`.
       ghost_groups: number of equal groups of images that are normalized separately in
         training: Ghost BN; see :func:`flax_sbn.alternatives.ghost_batch_norm`.
       rng_collection: name of the rng stream.
       rngs: keys for the parameters and, for samplers that draw, that stream (or a
-        default stream). A layer that was made without a sampler that draws has no
-        stream: to give it such a sampler set its attribute ``rngs`` as well, as in
-        ``layer.set_attributes(sampler=sampler, rngs=nnx.Rngs(0))``.
+        default stream). A layer that was created without a sampler that draws has no
+        stream. To give it such a sampler later, set its attribute ``rngs`` as well, as
+        in ``layer.set_attributes(sampler=sampler, rngs=nnx.Rngs(0))``.
       **options: those of :class:`flax.nnx.BatchNorm`.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` no
-        number.
+      TypeError: if ``sampler`` is not a sampler, or ``momentum`` or ``epsilon`` is not
+        a number.
       ValueError: if the sampler does not fit the input, ``axis`` or ``running_weight``
         is out of range, or the rng stream is missing and needed.
 

@@ -26,8 +26,8 @@ class BatchlessNorm(parameters.Normalizer):
     The parameters ``mean`` and ``log_scale`` (:math:`\mu` and :math:`\rho`) get their
     gradient from :func:`flax_sbn.alternatives.batchless_nll` alone, which the layer
     sows in training as a :class:`Loss`. Collect it with ``nnx.capture``, and add the
-    sum to the loss; without it they never change. Evaluation computes the same and sows
-    nothing.
+    sum to the loss; otherwise the two parameters never change. Evaluation computes the
+    same and sows nothing.
 
     Both parameters start from zero; :func:`initialize_batchless` sets them in a whole
     network to what they are on a batch.

@@ -35,12 +35,12 @@ class BNET(nnx.Module):
       kernel_init: initializer of the kernel.
       bias_init: initializer of the bias.
       rngs: keys for the parameters, and see :class:`BatchNorm`.
-      **options: those of :class:`BatchNorm`, but no ``axis``, scale and bias.
+      **options: those of :class:`BatchNorm`, but no ``axis``, scale or bias.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler.
-      ValueError: if ``kernel_size`` has another number of axes than the input's space,
-        and as :class:`BatchNorm`.
+      ValueError: if ``kernel_size`` does not have one entry for each spatial axis of
+        the input, and as :class:`BatchNorm`.
 
     Example:
       >>> import jax

@@ -19,10 +19,10 @@ class ConvNorm(LinearNorm):
       y = \mathrm{activation}(\mathrm{norm}(\mathrm{conv}(x)) + \mathit{residual})
 
     With a sampler, the norm is folded into the kernel and bias of the convolution (see
-    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and value and
-    gradients stay the same. With ``sampler=None`` training is ordinary
+    :func:`flax_sbn.conv_norm`): the normalized tensor is never written, and output and
+    gradients stay the same. With ``sampler=None`` training runs an ordinary
     :class:`flax.nnx.Conv` and :class:`BatchNorm`. At evaluation the running statistics
-    are folded, with any sampler and with none.
+    are folded, with or without a sampler.
 
     The two layers are the attributes ``conv`` and ``norm``.
 
@@ -36,7 +36,7 @@ class ConvNorm(LinearNorm):
       activation: applied last, or None. :func:`flax.nnx.relu` is replaced by
         :func:`flax_sbn.relu`, the same function, which stays fused.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
-        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
+        :class:`BatchRenorm`; set its other options with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Conv`, without a bias, and of

@@ -18,8 +18,9 @@ class DenseNorm(LinearNorm):
       y = \mathrm{activation}(\mathrm{norm}(\mathrm{dense}(x)) + \mathit{residual})
 
     As :class:`ConvNorm`, with a dense layer: see there. The two layers are the
-    attributes ``dense`` and ``norm``. Without spatial axes FeatureSampling does not
-    apply; use BatchSampling.
+    attributes ``dense`` and ``norm``. Without spatial axes FeatureSampling raises an
+    error, and LatticeSampling measures the whole batch, so that nothing is folded; use
+    BatchSampling.
 
     Args:
       in_features: number of input features ``I``.
@@ -28,7 +29,7 @@ class DenseNorm(LinearNorm):
         does not fold.
       activation: applied last, or None; see :class:`ConvNorm`.
       norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
-        :class:`BatchRenorm`; further options of it with :func:`functools.partial`.
+        :class:`BatchRenorm`; set its other options with :func:`functools.partial`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
       **options: those of :class:`flax.nnx.Linear`, without a bias, and of

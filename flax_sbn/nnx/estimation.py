@@ -33,7 +33,7 @@ def estimate_statistics(
     statistics are changed in place. All else is as it was, counters of training steps
     and keys included; samplers and dropout draw anew in each batch all the same.
 
-    Measured are :class:`flax.nnx.BatchNorm`, :class:`BatchNorm` and all that derive
+    It covers :class:`flax.nnx.BatchNorm`, :class:`BatchNorm` and all classes derived
     from them, :class:`ConvNorm`, :class:`DenseNorm`, :class:`BNET` and :class:`IC`,
     also in ``nnx.scan``, ``nnx.vmap``, ``nnx.remat`` and ``nnx.jit``.
 
@@ -42,9 +42,9 @@ def estimate_statistics(
       batches: what the model is called with: arrays, or trees of arrays. Wrap the
         iterable to see progress, ``tqdm(batches)``.
       *args: what the model is called with after a batch; arrays or static.
-      method: a function of the module and a batch, for models that are called
-        otherwise: ``lambda model, batch: model(batch["image"], batch["mask"])``.
-      **kwargs: what the model is called with, too.
+      method: a function of the module and a batch, for models that take other
+        arguments: ``lambda model, batch: model(batch["image"], batch["mask"])``.
+      **kwargs: further arguments of the call.
 
     Raises:
       TypeError: if ``batches`` is an array.

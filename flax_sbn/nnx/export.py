@@ -19,9 +19,8 @@ M = TypeVar("M", bound=nnx.Module)
 def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
     r"""Folds the running statistics of a model's layers into their kernels for good.
 
-    Layers that ``nnx.vmap`` stacked along leading axes stay stacked. Metadata that says
-    how kernels are divided among devices stays, and the biases get that of their
-    features.
+    Layers that ``nnx.vmap`` stacked along leading axes stay stacked. Sharding metadata
+    of the kernels stays, and the biases get that of their features.
 
     Args:
       model: a trained model; it is left as it is.
@@ -34,8 +33,8 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
 
     Raises:
       ValueError: if the model has no layer that can be folded, a wrapper such as
-        ``flax.nnx.WeightNorm`` changes the kernel of one, layers share a kernel,
-        or outputs are not what they were.
+        ``flax.nnx.WeightNorm`` changes the kernel of one, layers share a kernel, or the
+        outputs change.
 
     Example:
       >>> import jax, jax.numpy as jnp

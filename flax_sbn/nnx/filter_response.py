@@ -29,7 +29,7 @@ class FilterResponseNorm(parameters.Normalizer):
     Args:
       num_features: number of features ``C``.
       epsilon: its absolute value is added to the mean square.
-      learn_epsilon: learn one epsilon for each feature in the place of ``epsilon``; for
+      learn_epsilon: learn one epsilon for each feature in place of ``epsilon``; for
         maps of a single value, of which little but the sign is left otherwise.
       epsilon_init: where a learned epsilon starts.
       rngs: keys for the parameters.
@@ -81,7 +81,7 @@ class FilterResponseNorm(parameters.Normalizer):
 
 
 class TLU(nnx.Module):
-    r"""Thresholded linear unit: a ReLU that is cut off at a learned place.
+    r"""Thresholded linear unit: a ReLU with a learned threshold.
 
     .. math::
       y = \max(x, \tau)

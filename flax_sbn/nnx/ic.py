@@ -14,7 +14,7 @@ class IC(nnx.Module):
     .. math::
       y = \mathrm{dropout}(\mathrm{norm}(x))
 
-    Its place is before a convolution or linear layer, after the activation: ReLU, IC,
+    Put it before a convolution or linear layer, after the activation: ReLU, IC,
     convolution. Evaluation (``model.eval()``) normalizes with the running statistics
     and drops nothing. In training :class:`flax.nnx.Dropout` draws from the rng stream
     ``'dropout'``, and a sampler from ``'sampling'``, both forked from ``rngs`` when the

@@ -15,14 +15,14 @@ def call_with_inputs(
     """Calls ``model``, and measures what goes into each layer.
 
     Layers are :class:`flax.nnx.Linear` and :class:`flax.nnx.Conv`, wherever in the
-    model. Left out are their subclasses, which may do otherwise, convolutions in
-    groups, and layers of several models at once, made with ``nnx.vmap``. A layer that
+    model. Their subclasses, which may compute something else, grouped convolutions, and
+    layers of several models at once, made with ``nnx.vmap``, are left out. A layer that
     is called more than once gives the statistics of all its inputs. ``nnx.jit`` and
     ``nnx.remat`` inside of the model are fine.
 
     NNX cannot intercept calls. So the layers get another class, and a variable, for as
-    long as the call takes: the model must be open to changes, as it has to be for batch
-    norm (not from outside of the ``jit`` or ``grad`` that traces the call).
+    long as the call takes. The model must be mutable, as for batch norm: not captured
+    from outside the ``jit`` or ``grad`` that traces the call.
 
     The statistics carry no gradient. Each device of a ``shard_map`` measures its own
     images.

@@ -17,9 +17,9 @@ class KalmanNorm(KalmanHooks, nnx.Module):
     r"""Kalman normalization: a layer that knows the statistics of the one before.
 
     Statistics of a few images are noisy. Those of the layer before, carried through
-    this one's weights, predict them, and both are mixed. With :math:`\mu_i, v_i` the
-    statistics handed on by the layer before, :math:`\mu, v` those of the batch and
-    :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic image:
+    this layer's weights, predict them. Prediction and measurement are mixed. With
+    :math:`\mu_i, v_i` the statistics passed on by the layer before, :math:`\mu, v`
+    those of the batch and :math:`\xi \sim \mathcal{N}(0, 1)` a synthetic image:
 
     .. math::
       \mu_p, v_p = \mathrm{moments}\big(\mathrm{linear}(
@@ -32,7 +32,7 @@ class KalmanNorm(KalmanHooks, nnx.Module):
       \mathit{bias}
       \end{aligned}
 
-    :math:`\mu', v'` are handed on, and averaged for evaluation. See
+    :math:`\mu', v'` are passed on, and averaged for evaluation. See
     :func:`flax_sbn.alternatives.kalman_update` for where the prediction is left out.
 
     The two layers are the attributes ``linear`` and ``norm``. The synthetic image is
@@ -47,15 +47,15 @@ class KalmanNorm(KalmanHooks, nnx.Module):
         micro-batches, 0.05 for large ones.
       num_virtual: number of synthetic images. One is enough for a convolution; a dense
         layer needs many.
-      input_activation: what lies between the layer before and this one, as the
-        synthetic images have to pass it, too; None for nothing. ``x`` has passed it.
+      input_activation: what lies between the layer before and this one; the synthetic
+        images go through it, too. None for nothing. ``x`` has already been through it.
       rngs: keys of that stream (or a default stream).
 
     Raises:
       TypeError: as :class:`flax_sbn.nnx.BatchNorm`.
-      ValueError: as there, and if the statistics are of another width than ``x``,
-        ``prior_weight`` is out of range, there are too few synthetic images, ``norm``
-        has ghost groups, or the rng stream is missing.
+      ValueError: as there, and if the statistics have another number of features than
+        ``x``, ``prior_weight`` is out of range, there are too few synthetic images,
+        ``norm`` has ghost groups, or the rng stream is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -106,14 +106,14 @@ class KalmanNorm(KalmanHooks, nnx.Module):
 
         Args:
           x: ``(N, *spatial, I)``.
-          statistics: those that the layer before handed on, ``(I,)``; None for the
+          statistics: those that the layer before passed on, ``(I,)``; None for the
             first layer, which is ordinary batch norm.
           use_running_average: normalize with the running statistics (evaluation); wins
             over the constructor's.
           mask: booleans that broadcast to the output: False is not measured.
 
         Returns:
-          The output, ``(N, *spatial, C)``, and the statistics to hand on, ``(C,)``.
+          The output, ``(N, *spatial, C)``, and the statistics to pass on, ``(C,)``.
         """
         norm = self.norm
         evaluate = evaluates(norm, use_running_average)

@@ -22,10 +22,11 @@ class MixtureNorm(parameters.Normalizer):
       y_i = \mathit{scale} \cdot \sum_k \frac{\nu_{ik}}{\sqrt{\lambda_k}}
       \frac{x_i - \mu_k}{\sqrt{v_k + \epsilon}} + \mathit{bias}
 
-    In training the mixture is fitted to the feature vectors of the batch, from the
-    running one on; at evaluation the running one is used. See
+    In training the mixture is fitted to the feature vectors of the batch, starting from
+    the running mixture. At evaluation the running mixture is used. See
     :func:`flax_sbn.alternatives.mixture_norm`. The running state is ``weight``,
-    ``(K,)``, ``mean`` and ``var``, ``(K, C)``, and ``step``. Nothing is drawn.
+    ``(K,)``, ``mean`` and ``var``, ``(K, C)``, and ``step``. Nothing is drawn at
+    random.
 
     Args:
       num_features: number of features ``C``.

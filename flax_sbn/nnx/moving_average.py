@@ -21,9 +21,9 @@ _conv_call = nnx.Conv.__call__
 
 
 class OverwriteWithGradient(nnx.Variable[Any]):
-    """A variable whose gradient is its next value; Linen has a collection of the name.
+    """A variable whose gradient is its next value; Linen has a collection of that name.
 
-    It is no :class:`flax.nnx.Param`, so that optimizers leave it alone. Differentiate
+    It is not a :class:`flax.nnx.Param`, so optimizers leave it alone. Differentiate
     with respect to both, and write the gradient back.
 
     Example:
@@ -44,14 +44,14 @@ class MovingAverageBatchNorm(parameters.Normalizer):
       \end{aligned}
 
     See :func:`flax_sbn.alternatives.moving_average_batch_norm` for ``r`` and the
-    backward pass, and put it behind a :class:`CenteredConv` without a bias: it
+    backward pass, and put the layer after a :class:`CenteredConv` without a bias: it
     subtracts no mean. The running state is ``chi``, ``(window, C)``, ``var``, ``(C,)``
     and ``step``, as :class:`flax.nnx.BatchStat`.
 
     The averages of the backward pass are ``psi``, ``(window, C)``, an
     :class:`OverwriteWithGradient`, whose gradient is its next value: differentiate with
-    respect to it, too, and write the gradient back after each step, as below; keep it
-    from clipping, loss scaling and gradient accumulation.
+    respect to it, too, and write the gradient back after each step, as below. Keep
+    ``psi`` away from clipping, loss scaling and gradient accumulation.
 
     Args:
       num_features: number of features ``C``.
@@ -59,10 +59,10 @@ class MovingAverageBatchNorm(parameters.Normalizer):
       momentum: decay rate of ``var``.
       epsilon: added to the mean squares.
       axis_name: devices that pool their averages.
-      window: how many steps are averaged over; times the images of a step, the batch
-        size to be simulated.
+      window: number of steps that are averaged over. Times the images per step, it is
+        the batch size that is simulated.
       warmup: steps before averages over the window are used.
-      renorm_warmup: steps before :math:`r` is.
+      renorm_warmup: steps before :math:`r` is used.
       r_max: limit of :math:`r`, at least 1.
       rngs: keys for the parameters.
       **options: ``axis``, ``dtype``, ``param_dtype``, ``use_bias``, ``use_scale``,

@@ -47,7 +47,8 @@ class NormFreeBlock(nnx.Module):
       rngs: keys for the parameters.
 
     Raises:
-      ValueError: if branch and input differ in shape: give a ``padding`` that keeps it.
+      ValueError: if branch and input differ in shape. Choose a ``conv`` whose padding
+        keeps the shape.
 
     Example:
       >>> import jax.numpy as jnp

@@ -20,8 +20,8 @@ class RangeBatchNorm(RangeHooks, BatchNorm):
       \left( \mathrm{mean} \max x - \mathrm{mean} \min x \right) + \epsilon
       \end{aligned}
 
-    :class:`BatchNorm` otherwise, with its arguments and names, for real inputs. The
-    running average is that of :math:`s`; the statistic ``var`` is its square less
+    All else is as in :class:`BatchNorm`, with its arguments and names, for real inputs.
+    The running average is that of :math:`s`; the statistic ``var`` is its square less
     ``epsilon``, and negative where a feature hardly varies. See
     :func:`flax_sbn.alternatives.range_moments`.
 

@@ -11,7 +11,7 @@ from flax_sbn.nnx.modes import evaluates
 class Shade(nnx.Module):
     r"""Returns its input, and in training sows a loss that regularizes it.
 
-    To be put between a layer and its nonlinearity. The loss, ``weight`` times
+    Put it between a layer and its nonlinearity. The loss, ``weight`` times
     :func:`flax_sbn.alternatives.shade`, is sown as a :class:`Loss`: collect it with
     ``nnx.capture``, and add the sum to the loss. It is taken about the ``means`` from
     before the step, which training then updates. Nothing is sown or updated at

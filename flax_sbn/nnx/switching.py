@@ -55,13 +55,13 @@ def sample_norms(
     In training every :class:`flax.nnx.BatchNorm` in it is a
     :class:`flax_sbn.nnx.BatchNorm` with the sampler. Where its input is the very output
     of a :class:`flax.nnx.Conv` or :class:`flax.nnx.Linear`, and the call is compiled,
-    it is folded into that layer, as by :class:`flax_sbn.nnx.ConvNorm`. Value and
-    gradients are those of the unfolded layers, to rounding. Evaluation is the model's
-    own, bit for bit.
+    it is folded into that layer, as by :class:`flax_sbn.nnx.ConvNorm`. Output and
+    gradients are those of the unfolded layers, up to rounding. Evaluation is the
+    model's own, bit for bit.
 
-    Objects stay the objects that they are and only change class. Paths, parameters,
-    statistics, shared layers, checkpoints and an optimizer's state are untouched, so
-    this may be done after loading. :func:`plain_norms` is the way back.
+    Objects keep their identity and only change class. Paths, parameters, statistics,
+    shared layers, checkpoints and an optimizer's state are untouched, so you can do
+    this after loading. :func:`plain_norms` undoes it.
 
     Put :func:`flax_sbn.fused_relu` around the call of a model that uses
     :func:`flax.nnx.relu`, inside the function that is compiled.
@@ -71,14 +71,14 @@ def sample_norms(
       sampler: which positions are measured; None for :class:`flax_sbn.LatticeSampling`.
       rngs: keys for samplers that draw.
       running_weight: how far a step's statistics are moved towards the running ones
-        before they normalize, in [0, 1]; see :func:`flax_sbn.renormalize`.
+        before normalizing, in [0, 1]; see :func:`flax_sbn.renormalize`.
       fold: whether norms are folded where they can be.
-      only: called with a norm's path and the module: whether it is switched. None for
-        every norm.
-      norm_types: classes of the model's own that are batch norms as Flax's is, with its
-        attributes, of which those beyond parameters, statistics, ``momentum``,
-        ``epsilon`` and ``use_running_average`` may be missing, and its call. Classes
-        derived from Flax's without a call of their own are switched anyway.
+      only: a function of a norm's path and the module that says whether to switch it.
+        None for every norm.
+      norm_types: your own batch norm classes, with the call and the attributes of
+        Flax's. Only parameters, statistics, ``momentum``, ``epsilon`` and
+        ``use_running_average`` must be there. Subclasses of Flax's without a
+        ``__call__`` of their own are switched anyway.
       rng_collection: see :class:`flax_sbn.nnx.BatchNorm`.
 
     Returns:
@@ -139,7 +139,7 @@ def sample_norms(
 
 
 def plain_norms(model: M) -> M:
-    """Takes back what :func:`sample_norms` did, in place, and returns the model."""
+    """Undoes what :func:`sample_norms` did, in place, and returns the model."""
     for _, layer in _modules(model):
         if isinstance(layer, _Norm | _Linear):
             set_class(layer, type(layer).plain)
@@ -164,7 +164,7 @@ def switch_report(
       A report, which prints as a table.
 
     Raises:
-      ValueError: if the model was not switched, or evaluates.
+      ValueError: if the model was not switched, or is in evaluation mode.
     """
     graph, state = nnx.split(model)
 

@@ -30,8 +30,8 @@ class WSConv(nnx.Conv):
       kernel_size: extent of the window.
       gain_init: initializer of the gain.
       rngs: keys for the parameters.
-      **options: those of :class:`flax.nnx.Conv`; keep the bias, which no norm adds any
-        more.
+      **options: those of :class:`flax.nnx.Conv`; keep the bias, since there is no norm
+        to add one.
 
     Raises:
       ValueError: if the fan-in is one.
