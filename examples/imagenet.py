@@ -214,7 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ended_by is None:
         console.print("Finished.")
         return 0
-    console.print("Stopped; the same command goes on.")
+    console.print("Stopped. Run the same command again to resume.")
     return 130 if ended_by == signal.SIGINT else 0
 
 

@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             )
     except KeyboardInterrupt:
-        print("Stopped; the same command goes on.", file=sys.stderr)
+        print("Stopped. Run the same command again to resume.", file=sys.stderr)
         return 130
     except OSError as error:
         print(f"shrink.py: {error}", file=sys.stderr)

@@ -144,9 +144,9 @@ def run(
     before = len(wanted) - len(todo)
     status = 0
     if not todo:
-        console.print(f"All {len(wanted)} trainings are in {args.results} already.")
+        console.print(f"All {len(wanted)} training runs are in {args.results} already.")
     elif before:
-        console.print(f"{before} of {len(wanted)} trainings are in {args.results}.")
+        console.print(f"{before} of {len(wanted)} training runs are in {args.results}.")
     progress = progress_bar(console)
     task = progress.add_task("", total=len(wanted), completed=before)
 
@@ -228,7 +228,7 @@ def train(
     Args:
       experiments: different in their seeds only.
       data_dir: see :func:`load`.
-      advance: told after each epoch how many trainings that was.
+      advance: told after each epoch how many training runs that was.
     """
     trainer = make_trainer(setting_of(experiments[0]), data_dir)
     begin = time.monotonic()
@@ -321,7 +321,7 @@ def progress_bar(console: Console) -> Progress:
     """Returns a bar for the whole grid."""
     return Progress(
         BarColumn(bar_width=32),
-        TextColumn("{task.completed:.1f} of {task.total:.0f} trainings"),
+        TextColumn("{task.completed:.1f} of {task.total:.0f} training runs"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

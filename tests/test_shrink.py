@@ -99,7 +99,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(folder, monkeypatch, capsys) 
     with monkeypatch.context() as patch:
         patch.setattr(shrink, "track", interrupted)
         assert run(folder) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "Run the same command again" in capsys.readouterr().err
     assert run(folder) == 0
     assert contents(folder.parent / "small").keys() == contents(folder).keys()
 

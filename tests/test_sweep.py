@@ -138,7 +138,7 @@ def test_a_finished_sweep_does_nothing_and_says_so(tmp_path, capsys):
     assert [line["experiment"]["norm"] for line in lines(path)] == ["bn", "bs:8"]
     capsys.readouterr()
     assert sweep.main(args) == 0
-    assert "All 2 trainings are in" in capsys.readouterr().out
+    assert "All 2 training runs are in" in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
@@ -150,7 +150,7 @@ def test_a_finished_sweep_needs_no_data(tmp_path, capsys):
     path.write_text(json.dumps(record) + "\n")
     args = ["--dataset", "cifar10", "--results", str(path)]
     assert sweep.main(args) == 0
-    assert "All 1 trainings are in" in capsys.readouterr().out
+    assert "All 1 training runs are in" in capsys.readouterr().out
     assert sweep.main([*args, "--seed", "1"]) == 2
 
 

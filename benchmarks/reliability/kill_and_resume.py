@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = run(args, Path(folder))
     report = {
         "benchmark": "kill_and_resume",
-        "what": "trainings that were killed at random moments and started again",
+        "what": "training runs that were killed at random moments and started again",
         "options": " ".join(_OPTIONS),
         **describe_device(),
         "results": [dataclasses.asdict(result) for result in results],
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, folder: Path) -> list[Result]:
-    """Returns what became of the trainings, which all end."""
+    """Returns what became of the training runs, which all end."""
     write_images(folder / "images")
     command = [
         *(sys.executable, str(_SCRIPT), str(folder / "images"), *_OPTIONS),
@@ -216,7 +216,7 @@ def check_done(process: "subprocess.Popen[bytes]") -> None:
 
 
 def compare(result: Result, whole: Path, out: Path) -> None:
-    """Fills in what differs between two trainings."""
+    """Fills in what differs between two training runs."""
     expected, found = losses(whole), losses(out)
     result.steps = len(expected)
     result.repeated = sum(len(values) > 1 for values in found.values())

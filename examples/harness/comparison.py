@@ -56,7 +56,7 @@ class Report:
       folder: where the files go; None for nowhere.
       about: settings, versions and device.
       measured: share of values measured by each method; None where nothing is.
-      runs: the trainings so far.
+      runs: the training runs so far.
       relative_time: time of a training step relative to the first method's.
     """
 

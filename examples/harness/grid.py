@@ -1,4 +1,4 @@
-"""A grid of trainings: every combination of the values that its options may take.
+"""A grid of training runs: every combination of the values that its options may take.
 
 A grid is a table of option names, each with one value or a list of them, written on a
 command line or in a TOML file. Where not all combinations are wanted, ``[[grids]]``
@@ -111,7 +111,7 @@ def experiment_of(record: Record) -> Experiment:
 
 
 def setting_of(experiment: Experiment) -> Experiment:
-    """Returns what the trainings with all seeds have in common."""
+    """Returns what the training runs with all seeds have in common."""
     return dataclasses.replace(experiment, seed=0)
 
 

@@ -32,7 +32,7 @@ def numbers(
 
 
 def outcome(accuracy: float | None, spread: float | None, diverged: int) -> str:
-    """Returns the accuracy of some trainings for a table, or that they diverged.
+    """Returns the accuracy of some training runs for a table, or that they diverged.
 
     Args:
       accuracy: the mean of those that did not diverge; None if there are none.

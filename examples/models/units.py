@@ -128,7 +128,7 @@ def norm_free(
 
     The residual stream is activated, too, as in the networks with norms. There the
     activation is not scaled: positive values would grow from block to block. Branches
-    start with a gain of one instead of zero, for trainings of some hundred steps.
+    start with a gain of one instead of zero, for training runs of some hundred steps.
     """
     if residual is not None and gain is not None:
         y = residual + BRANCH_FACTOR * gain.astype(y.dtype) * y
