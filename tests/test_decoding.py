@@ -37,7 +37,7 @@ def test_it_writes_a_speed_for_every_variant(tmp_path, capsys) -> None:
     assert max(differences[10:14]) < 1  # large ones may be decoded smaller
     assert all(row["images_per_second"] > 0 for row in report["results"])
     assert {"Pillow", "grain"} <= report["versions"].keys()
-    assert "120 x 90 pixels" in capsys.readouterr().out
+    assert "120 × 90 pixels" in capsys.readouterr().out
 
     before = path.read_text()
     with pytest.raises(SystemExit):
