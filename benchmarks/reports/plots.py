@@ -26,10 +26,17 @@ _NAMES = {
 
 
 class Bar(NamedTuple):
-    """A value relative to a reference, and the amount, if it says more."""
+    """A value relative to a reference.
+
+    Attributes:
+      value: the ratio.
+      amount: what it is a ratio of, if that says more.
+      quartiles: of the measurements, if there were several.
+    """
 
     value: float
     amount: str = ""
+    quartiles: tuple[float, float] | None = None
 
 
 class Chart(NamedTuple):
@@ -66,8 +73,11 @@ def block(report: Report) -> Chart:
         if row["variant"] != "Flax":
             bars = groups.setdefault(row["layer"].removeprefix("resnet50-"), {})
             name = "no norm" if row["variant"] == "conv" else row["variant"]
-            bars[name] = Bar(row["ratio"])
-    axis = "time of a block, relative to that with Flax's BatchNorm: less is better"
+            bars[name] = Bar(row["ratio"], quartiles=row["ratio_quartiles"])
+    axis = (
+        "time of a block, relative to that with Flax's BatchNorm: less is better\n"
+        "(medians of rounds; lines from the lower to the upper quartile)"
+    )
     return Chart(axis, "Flax BN", {"blocks of ResNet-50": groups} if groups else {})
 
 
@@ -153,13 +163,16 @@ def _figure(chart: Chart, ink: str, soft: str) -> Figure:
     grid = figure.subplots(
         len(panels), squeeze=False, sharex=True, height_ratios=heights
     )
-    values = [bar.value for p in panels for bars in p.values() for bar in bars.values()]
+    found = [bar for p in panels for bars in p.values() for bar in bars.values()]
+    values = [max((bar.value, *(bar.quartiles or ()))) for bar in found]
     for axes, (title, groups) in zip(grid[:, 0], chart.panels.items(), strict=True):
         for i, bars in enumerate(groups.values()):
-            for name, (value, amount) in bars.items():
+            for name, (value, amount, quartiles) in bars.items():
                 number = series.index(name)
                 y = i + (number - (len(series) - 1) / 2) / slots
                 axes.barh(y, value, height=0.9 / slots, color=COLOURS[number])
+                if quartiles:
+                    axes.hlines(y, *quartiles, color=ink, linewidth=1)
                 axes.text(  # in a column of its own, where no bar or line is
                     1.01,
                     y,

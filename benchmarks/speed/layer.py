@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import flax_sbn as sbn
 from harness.command_line import Parser, add_names, one_of
-from harness.measuring import describe_device, interleaved, median_ratio
+from harness.measuring import describe_device, interleaved, median_ratio, quartiles
 from models.linen_units import LinenUnits
 from reports import tables
 from speed import timing
@@ -74,10 +74,11 @@ class Result:
     """One layer, normalized in one way.
 
     Attributes:
-      ratio: of time to flax's.
+      ratio: of time to Flax's.
+      ratio_quartiles: of the rounds' ratios.
       compile_ratio: likewise, of the time to compile.
       own_milliseconds: what a block takes more than its convolution.
-      own_ratio: of that to flax's; None where flax's own cost is lost in the noise.
+      own_ratio: of that to Flax's; None where Flax's own cost is lost in the noise.
     """
 
     layer: str
@@ -85,6 +86,7 @@ class Result:
     variant: str
     milliseconds: float
     ratio: float
+    ratio_quartiles: tuple[float, float]
     compile_ratio: float
     own_milliseconds: float | None = None
     own_ratio: float | None = None
@@ -173,6 +175,7 @@ def measure(
             variant=label,
             milliseconds=1e3 * statistics.median(times),
             ratio=median_ratio(times, seconds["Flax"]),
+            ratio_quartiles=quartiles(times, seconds["Flax"]),
             compile_ratio=compiling[label] / compiling["Flax"],
             own_milliseconds=1e3 * own[label] if own else None,
             own_ratio=own[label] / own["Flax"] if own and own["Flax"] > 0 else None,

@@ -67,6 +67,20 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
     )
 
 
+def quartiles(
+    times: Sequence[float], reference: Sequence[float]
+) -> tuple[float, float]:
+    """Returns the lower and upper quartile of the ratios of the same round.
+
+    Example:
+      >>> quartiles([1.0, 6.0, 3.0], [2.0, 3.0, 3.0])
+      (0.75, 1.5)
+    """
+    ratios = [mine / other for mine, other in zip(times, reference, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return low, high
+
+
 def add_counts(group: Any, **options: tuple[int, str]) -> None:
     """Adds options that are whole numbers, each with its default and a help text."""
     for name, (default, text) in options.items():
