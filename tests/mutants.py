@@ -63,13 +63,20 @@ _TESTS = {
     "moments": ["test_statistics.py", "test_devices.py"],
     "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
     "fixed_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],
-    "linear_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],
+    "linear_norm": [
+        *("test_conv_norm.py", "test_conv_norm_options.py", "test_conv_norm_models.py")
+    ],
     "dense_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],
     "batch_norm": ["test_linen.py", "test_nnx.py"],
     "preconditioning": ["optim"],
     "input_statistics": ["optim"],
     "activation": ["test_folding.py", "test_folding_bfloat16.py"],
     "lattice": ["test_lattice.py", "test_sampling.py"],
+    "entropy": ["alternatives/test_shade.py"],
+    "batch_renormalization": ["alternatives/test_batch_renorm.py"],
+    "depthwise": ["alternatives/test_bnet.py"],
+    "schedules": ["alternatives/test_batch_renorm.py"],
+    "loss": ["alternatives/test_shade.py", "alternatives/test_batchless.py"],
 }
 # Of a survivor of those.
 _ALL = ["test_every_layer.py", "test_folding.py", "test_linen.py", "test_nnx.py"]
