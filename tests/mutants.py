@@ -64,7 +64,9 @@ _TESTS = {
     "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
     "fixed_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],
     "linear_norm": [
-        *("test_conv_norm.py", "test_conv_norm_options.py", "test_conv_norm_models.py")
+        "test_conv_norm.py",
+        "test_conv_norm_options.py",
+        "test_conv_norm_models.py",
     ],
     "dense_norm": ["test_conv_norm.py", "test_conv_norm_options.py"],
     "batch_norm": ["test_linen.py", "test_nnx.py"],
