@@ -22,7 +22,8 @@ _SHORT = {
     "BatchSampling": "BS",
     "VirtualSampling": "VDN",
 }
-PM = "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}"
+_SPACE = "\N{NO-BREAK SPACE}"
+PM = f"{_SPACE}±{_SPACE}"
 _EARLY = 3  # the epoch at which tables show how fast a training starts
 
 
@@ -160,11 +161,11 @@ def setting_table(study: Study) -> str:
     header = [
         "method",
         "measured",
-        "test accuracy, %",
-        "accuracy − bn",
-        f"loss, epoch {_EARLY}",
+        f"test accuracy,{_SPACE}%",
+        f"accuracy −{_SPACE}bn",
+        f"loss, epoch{_SPACE}{_EARLY}",
         "final loss",
-        "loss − bn",
+        f"loss −{_SPACE}bn",
     ]
     return markdown(header, lines, left=1)
 
