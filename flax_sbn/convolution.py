@@ -183,7 +183,7 @@ def make_convolution(
                 " Pad with explicit pairs instead."
             )
         pads = [(reach[0] - 1, 0)]
-    if isinstance(pads, str) and max(input_dilation) > 1:
+    if isinstance(pads, str) and any(n > 1 for n in input_dilation):
         raise ValueError(
             f"Expected explicit padding with {input_dilation=}, got {padding=}. "
             "Give a pair for each spatial axis."

@@ -4,7 +4,6 @@ Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``C`` featur
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.arguments import check_numbers
 from flax_sbn.moments import Measure, wide
-from flax_sbn.renormalization import Correct, renormalize
+from flax_sbn.renormalization import Correct, correction
 from flax_sbn.sampling import Sampler
 from flax_sbn.statistics import (
     Axis,
@@ -214,7 +213,5 @@ class Norm(Measurement):
 
     def target(self, statistics: Statistics) -> Statistics:
         """Returns what to normalize with, given what was measured."""
-        correct = self.correct or functools.partial(
-            renormalize, running_weight=self.running_weight, epsilon=self.epsilon
-        )
+        correct = self.correct or correction(self.running_weight, self.epsilon)
         return correct(statistics, self.running)

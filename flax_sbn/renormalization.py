@@ -1,5 +1,6 @@
 """Statistics of a sample, corrected by the running ones."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,13 @@ from flax_sbn.statistics import Statistics
 
 # Makes statistics to normalize with of the measured and the running ones.
 Correct = Callable[[Statistics, Statistics | None], Statistics]
+
+
+def correction(running_weight: float | jax.Array, epsilon: float) -> Correct:
+    """Returns :func:`renormalize` with a given share of the running statistics."""
+    return functools.partial(
+        renormalize, running_weight=running_weight, epsilon=epsilon
+    )
 
 
 def renormalize(

@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.convolution import Convolution
+from flax_sbn.convolution import make_convolution
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Statistics, of_features
 
@@ -109,15 +109,21 @@ def depthwise_affine(
             f"for an input of shape {x.shape}, got a kernel of shape {kernel.shape}. "
             "Give kernel_size one number for each spatial axis."
         )
-    ones = (1,) * (x.ndim - 2)
-    convolution = Convolution(
-        *(ones, ones, "SAME", ones, ones), features, None, lax.conv_general_dilated
+    if bias is not None:
+        bias = of_features("bias", jnp.asarray(bias, dtype), x.shape, -1)
+    x, convolution = make_convolution(
+        x,
+        kernel.shape[:-2],
+        strides=1,
+        padding="SAME",
+        input_dilation=1,
+        kernel_dilation=1,
+        groups=features,
+        precision=None,
+        function=lax.conv_general_dilated,
     )
     y = convolution(x, kernel)
-    if bias is None:
-        return y
-    bias = of_features("bias", jnp.asarray(bias, dtype), x.shape, -1)
-    return y + jnp.expand_dims(bias, range(y.ndim - 1))
+    return y if bias is None else y + jnp.expand_dims(bias, range(y.ndim - 1))
 
 
 def identity_kernel(

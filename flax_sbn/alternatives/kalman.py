@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from flax_sbn.activation import Activation
 from flax_sbn.normalization import batch_norm
-from flax_sbn.renormalization import Correct, renormalize
+from flax_sbn.renormalization import Correct, correction
 from flax_sbn.statistics import (
     Axis,
     Statistics,
@@ -224,9 +224,7 @@ def kalman_norm(
     Source: Wang et al., "Batch Kalman Normalization", arXiv 1802.03133. A sample in
     place of the whole micro-batch is ours.
     """
-    correct = correct or functools.partial(
-        renormalize, running_weight=running_weight, epsilon=epsilon
-    )
+    correct = correct or correction(running_weight, epsilon)
 
     def mixed(measured: Statistics) -> Statistics:
         if prior is None:

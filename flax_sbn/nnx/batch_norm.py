@@ -120,8 +120,8 @@ class BatchNorm(nnx.BatchNorm, Hooks):
         reduction_axes(x.ndim, self.axis)
         check_numbers(momentum=self.momentum, epsilon=self.epsilon)
         evaluate = evaluates(self, use_running_average)
-        running = self._running()
         if self._as_flax() or evaluate:
+            running = self._running()
             y = _flax_call(self, x, use_running_average, mask=mask)
             if mask is not None and not evaluate:
                 self._keep(keep_unmeasured(self._running(), running))
