@@ -7,14 +7,15 @@ among the results of its protocol, ``examples/results/PROTOCOL.jsonl``.
 import dataclasses
 import statistics
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import grid, journal
 from harness.grid import Experiment as Experiment
 from harness.grid import experiment_of, setting_of, varied
 from harness.journal import Record
-from reports.tables import markdown, number, percent, versions
+from reports.tables import SPACE, markdown, number, percent, versions
 
 _SHORT = {
     "MixedSampling": "Mixed",
@@ -22,8 +23,7 @@ _SHORT = {
     "BatchSampling": "BS",
     "VirtualSampling": "VDN",
 }
-_SPACE = "\N{NO-BREAK SPACE}"
-PM = f"{_SPACE}±{_SPACE}"
+PM = f"{SPACE}±{SPACE}"
 _EARLY = 3  # the epoch at which tables show how fast a training starts
 
 
@@ -115,11 +115,10 @@ def protocol(study: Study) -> str:
     models = " and ".join(dict.fromkeys(e.model for e in study.experiments))
     width = "" if one.width is None else f" of width {one.width}"
     counts = Counter(map(setting_of, study.experiments)).values()
-    seeds = " to ".join(map(str, dict.fromkeys((min(counts), max(counts)))))
     return (
         f"**{study.name.rpartition('-')[2].capitalize()} protocol**: {models}{width}, "
         f"{images} training images of {one.dataset}{size}, batch {one.batch_size}, "
-        f"{one.epochs} epochs, {seeds} seeds."
+        f"{one.epochs} epochs, {_span(counts)} seeds."
     )
 
 
@@ -129,8 +128,7 @@ def caption(study: Study) -> str:
         record for setting in study.settings for record in study.runs(setting).values()
     ]
     where = dict.fromkeys(f"{r['device']}, {r['machine']}" for r in records)
-    dates = sorted(record["date"][:10] for record in records)
-    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+    days = _span([record["date"][:10] for record in records])
     software = "; ".join(dict.fromkeys(map(versions, records)))
     missing = len(study.experiments) - len(records)
     return (
@@ -138,6 +136,11 @@ def caption(study: Study) -> str:
         + (f" ({missing} more to run)" if missing else "")
         + f" on {' and '.join(where)}, {days}; {software}."
     )
+
+
+def _span(values: Collection[Any]) -> str:
+    """Returns the least and the greatest value, or the one that all are."""
+    return " to ".join(map(str, dict.fromkeys((min(values), max(values)))))
 
 
 def setting_table(study: Study) -> str:
@@ -161,11 +164,11 @@ def setting_table(study: Study) -> str:
     header = [
         "method",
         "measured",
-        f"test accuracy,{_SPACE}%",
-        f"accuracy −{_SPACE}bn",
-        f"loss, epoch{_SPACE}{_EARLY}",
+        f"test accuracy,{SPACE}%",
+        f"accuracy −{SPACE}bn",
+        f"loss, epoch{SPACE}{_EARLY}",
         "final loss",
-        f"loss −{_SPACE}bn",
+        f"loss −{SPACE}bn",
     ]
     return markdown(header, lines, left=1)
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+SPACE = "\N{NO-BREAK SPACE}"
 Report = dict[str, Any]
 Rows = list[dict[str, Any]]
 
@@ -67,7 +68,7 @@ def percent(value: float, digits: int = 1) -> str:
       >>> percent(0.125)
       '12.5\xa0%'
     """
-    return f"{100 * value:.{digits}f}\N{NO-BREAK SPACE}%"
+    return f"{100 * value:.{digits}f}{SPACE}%"
 
 
 def gigabytes(value: float | None) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import flax_sbn as sbn
 
@@ -62,9 +63,7 @@ def median_ratio(times: Sequence[float], reference: Sequence[float]) -> float:
       >>> median_ratio([1.0, 6.0, 3.0], [2.0, 3.0, 3.0])
       1.0
     """
-    return statistics.median(
-        mine / other for mine, other in zip(times, reference, strict=True)
-    )
+    return statistics.median(_ratios(times, reference))
 
 
 def quartiles(
@@ -75,10 +74,15 @@ def quartiles(
     Example:
       >>> quartiles([1.0, 6.0, 3.0], [2.0, 3.0, 3.0])
       (0.75, 1.5)
+      >>> quartiles([6.0], [3.0])
+      (2.0, 2.0)
     """
-    ratios = [mine / other for mine, other in zip(times, reference, strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, high
+    low, high = np.quantile(_ratios(times, reference), (0.25, 0.75))
+    return float(low), float(high)
+
+
+def _ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
+    return [mine / other for mine, other in zip(times, reference, strict=True)]
 
 
 def add_counts(group: Any, **options: tuple[int, str]) -> None:
