@@ -42,8 +42,8 @@ from flax_sbn.xla.sharding import is_explicit, varying_like
 from flax_sbn.xla.transposes import Form, linear
 
 
-def fixed_fold_applies(layer: Layer, norm: Norm, x: jax.Array) -> bool:
-    """Whether :func:`fixed_fold` can take a layer, its norm and its input.
+def fixed_fold_applies(layer: Layer, norm: Norm, x_type: Any) -> bool:
+    """Whether :func:`fixed_fold` can take a layer, its norm and an input of a type.
 
     The layer has to be JAX's own product, as that of a quantized one is not linear in
     ``x``. Features have to be real, so that their moments are linear in a scaled
@@ -55,8 +55,8 @@ def fixed_fold_applies(layer: Layer, norm: Norm, x: jax.Array) -> bool:
         product in (lax.conv_general_dilated, lax.dot_general)
         and all(map(_treats_features_apart, (norm.measure, norm.correct)))
         and not isinstance(norm.epsilon, jax.core.Tracer)
-        and jnp.isrealobj(x)
-        and not is_explicit(x)
+        and not jnp.issubdtype(x_type.dtype, jnp.complexfloating)
+        and not is_explicit(x_type)
     )
 
 
@@ -72,54 +72,36 @@ def _inner(function: Any) -> Any:
 
 
 def fixed_fold(
-    layer: Layer,
-    norm: Norm,
-    parts: Sequence[Part],
-    x: jax.Array,
-    kernel: jax.Array,
-    scale: Any,
-    bias: Any,
-) -> tuple[jax.Array, Statistics]:
-    """Measures ``parts`` of a layer's output, folds and applies.
+    layer: Layer, norm: Norm, parts: Sequence[Part], x_type: Any, kernel_type: Any
+) -> Callable[..., tuple[jax.Array, Statistics]]:
+    """Returns :meth:`Layer.fold` of arrays of these types, which measures ``parts``."""
 
-    Returns the output before residual and activation, and the measured statistics.
-    """
-    narrow = functools.partial(round_to, dtype=x.dtype)
-    arrays = norm.arrays
+    def narrow(kernel: jax.Array) -> jax.Array:
+        return round_to(kernel, x_type.dtype)
 
-    def measured(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
+    def read(x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
         return layer.read(parts, x, narrow(kernel))
 
     def target(values: Sequence[jax.Array], arrays: Any) -> tuple[Statistics, ...]:
         given = dataclasses.replace(norm, **arrays)
         statistics = given.statistics(parts, values, layer.axes)
-        return statistics, varying_like(x, given.target(statistics))
+        return statistics, varying_like(x_type, given.target(statistics))
 
-    call, hoisted = _hoisted(target, jax.eval_shape(measured, x, kernel), arrays)
-
-    def output(
-        x: jax.Array, kernel: jax.Array, towards: Statistics, scale: Any, bias: Any
-    ) -> jax.Array:
-        mean = layer.mean_below(parts, x)
-        return layer.apply(x, kernel, towards, mean, scale, bias)
-
-    @jax.custom_jvp
-    def folded(
-        x: jax.Array, kernel: jax.Array, scale: Any, bias: Any, constants: Any
-    ) -> tuple[jax.Array, Statistics]:
-        statistics, towards = call(measured(x, kernel), *constants)
-        return output(x, kernel, towards, scale, bias), statistics
+    values = jax.eval_shape(read, x_type, kernel_type)
+    call, hoisted = _hoisted(target, values, norm.arrays)
+    folded = jax.custom_jvp(functools.partial(layer.fold_at, parts, call))
 
     def jvp(primals: Any, tangents: Any) -> Any:
-        x, kernel, scale, bias, constants = primals
-        tx, *others = tangents
-        tkernel, tscale, tbias, tconstants = map(_dense, primals[1:], others)
+        constants, x, kernel, scale, bias = primals
+        tconstants, tx, *tothers = tangents
+        tconstants = _dense(constants, tconstants)
+        tkernel, tscale, tbias = map(_dense, (kernel, scale, bias), tothers)
 
         def narrowed(kernel: jax.Array, tangent: jax.Array) -> jax.Array:
             return jax.jvp(narrow, [kernel.astype(tangent.dtype)], [tangent])[1]
 
         # Once, as sums over devices are not merged afterwards.
-        values = measured(x, kernel)
+        values = read(x, kernel)
         (statistics, towards), along = jax.linearize(
             lambda values, constants: call(values, *constants), values, constants
         )
@@ -154,11 +136,11 @@ def fixed_fold(
         tfolded = scaled(tkernel, factor) + scaled(kernel, tfactor)
         by_kernel = layer.linear(x, narrowed(kernel_folded, tfolded))
         ty = layer.shifted(by_kernel if ty is None else ty + by_kernel, tshift)
-        y = output(x, kernel, towards, scale, bias)
+        y = layer.apply(x, kernel, towards, layer.mean_below(parts, x), scale, bias)
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
-    return folded(x, kernel, scale, bias, (hoisted, arrays))
+    return functools.partial(folded, (hoisted, norm.arrays))
 
 
 def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:

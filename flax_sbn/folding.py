@@ -9,7 +9,7 @@ spatial axes (any number), ``I`` input and ``C`` output features.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypedDict, Unpack
 
 import jax
@@ -19,17 +19,23 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate
-from flax_sbn.convolution import Extents, Padding, make_convolution
 from flax_sbn.fixed_fold import fixed_fold, fixed_fold_applies
-from flax_sbn.moments import Measure, wide
+from flax_sbn.linear import (
+    Extents,
+    Linear,
+    Padding,
+    Product,
+    make_convolution,
+)
+from flax_sbn.moments import Measure
 from flax_sbn.normalization import Norm
 from flax_sbn.renormalization import Correct
-from flax_sbn.sampled_layer import Layer, Linear, fold_kernel
+from flax_sbn.sampled_layer import Layer, fold_kernel
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, broadcast_mask
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import round_to
-from flax_sbn.xla.sharding import laid_out_by_xla, varying_like
+from flax_sbn.xla.sharding import varying_like
 
 
 class NormOptions(TypedDict, total=False):
@@ -248,8 +254,7 @@ def conv_norm(
     check_input_features(x, kernel.shape[-2] * feature_group_count)
     batch = x.shape[: x.ndim - rank - 1]
     x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-    x, convolution = make_convolution(
-        x,
+    convolution = make_convolution(
         kernel.shape[:-2],
         strides,
         padding,
@@ -343,7 +348,7 @@ def dense_norm(
     check_input_features(x, kernel.shape[0])
     product = functools.partial(dot_general, precision=precision)
     return _linear_norm(
-        _Product(product),
+        Product(product),
         x,
         x.shape[:1],
         kernel,
@@ -383,21 +388,6 @@ def fold_like(layer: Any) -> Callable[..., tuple[jax.Array, Statistics]] | None:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """A matrix product, position by position."""
-
-    function: Callable[..., jax.Array]
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return self.function(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
-
-    def below(
-        self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, "_Product"]:
-        return part.take(x, range(x.ndim - 1)), self
-
-
 def _inexact(value: ArrayLike | None) -> ArrayLike | None:
     """Returns whole numbers as floats, which have derivatives."""
     if value is None or jnp.issubdtype(jnp.result_type(value), jnp.inexact):
@@ -424,8 +414,10 @@ def _linear_norm(
     x, _ = promote_dtype(x, kernel, dtype=norm.dtype)
     given_statistics = {} if statistics is None else statistics._asdict()
     _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)
-    scale, bias = varying_like(x, (_inexact(scale), _inexact(bias)))
-    kernel = varying_like(x, kernel, x.dtype)  # as unfolded layers send its gradient
+    x_type = jax.typeof(x)
+    scale, bias = varying_like(x_type, (_inexact(scale), _inexact(bias)))
+    # As unfolded layers send its gradient.
+    kernel = varying_like(x_type, kernel, x.dtype)
     narrow = round_to(kernel, x.dtype)
     shape = jax.eval_shape(linear, x, narrow).shape
     y_shape = (*batch, *shape[1:])
@@ -443,23 +435,10 @@ def _linear_norm(
     elif any(not part.windows for part in fixed):  # all of it: nothing to fold
         whole = dataclasses.replace(norm, dtype=dtype)
         y, statistics = whole(linear(x, narrow), scale, bias)
-    elif fixed and fixed_fold_applies(layer, norm, x):
-        y, statistics = fixed_fold(layer, norm, fixed, x, kernel, scale, bias)
     else:
-
-        def sampled(
-            x: jax.Array, kernel: jax.Array, arrays: Any
-        ) -> tuple[Statistics, jax.Array | None]:
-            given = dataclasses.replace(norm, **arrays)
-            parts = given.parts(shape[:-1])
-            values = layer.read(parts, x.astype(kernel.dtype), kernel)
-            found = given.statistics(parts, values, layer.axes)
-            return found, layer.mean_below(parts, x)
-
-        # From the wide input, so that gradients are added before they are rounded.
-        broad = wide(x)
-        statistics, mean = laid_out_by_xla(sampled, broad, narrow, norm.arrays)
-        towards = varying_like(x, norm.target(statistics))
-        y = layer.apply(broad.astype(x.dtype), kernel, towards, mean, scale, bias)
+        fold: Callable[..., Any] = functools.partial(layer.fold, norm)
+        if fixed and fixed_fold_applies(layer, norm, x_type):
+            fold = fixed_fold(layer, norm, fixed, x_type, jax.typeof(kernel))
+        y, statistics = fold(x, kernel, scale, bias)
     y = y.astype(dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics

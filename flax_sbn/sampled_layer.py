@@ -3,31 +3,19 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flax_sbn.linear import Linear
+from flax_sbn.moments import wide
+from flax_sbn.normalization import Norm
 from flax_sbn.statistics import Statistics
 from flax_sbn.windows import Part
 from flax_sbn.xla.half_precision import add_shift, offset, round_to
-
-
-class Linear(Protocol):
-    """A map of ``x`` and ``kernel``, whose last axis is that of the output."""
-
-    @property
-    def function(self) -> Callable[..., jax.Array]:
-        """What computes it: JAX's product, which is linear in both, or another."""
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Returns ``(N, *spatial, C)``."""
-
-    def below(
-        self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> tuple[jax.Array, Callable[[jax.Array, jax.Array], jax.Array]]:
-        """Returns the input below a part of the output, and what to apply to that."""
+from flax_sbn.xla.sharding import laid_out_by_xla, varying_like
 
 
 def fold_kernel(
@@ -80,8 +68,8 @@ class Layer:
         self, parts: Sequence[Part], x: jax.Array, kernel: jax.Array
     ) -> list[jax.Array]:
         """Returns the linear layer's output at the positions of each part."""
-        below = (self.linear.below(x, part, self.shape[1:-1]) for part in parts)
-        return [here(x, kernel) for x, here in below]
+        extent = self.shape[1:-1]
+        return [self.linear.at(x, kernel, part, extent) for part in parts]
 
     def mean_below(self, parts: Sequence[Part], x: jax.Array) -> jax.Array | None:
         """Returns the input's mean below the positions, if rounding needs it."""
@@ -94,6 +82,50 @@ class Layer:
             axes = tuple(range(below.ndim - 1))
             means.append(part.weight * below.mean(axes, dtype=jnp.float32))
         return functools.reduce(jnp.add, means)
+
+    def fold(
+        self, norm: Norm, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
+    ) -> tuple[jax.Array, Statistics]:
+        """Measures a sample of the output, folds and applies.
+
+        Returns the output before residual and activation, and the measured statistics.
+        """
+
+        def sampled(
+            x: jax.Array, kernel: jax.Array, arrays: Any
+        ) -> tuple[Statistics, jax.Array | None]:
+            given = dataclasses.replace(norm, **arrays)
+            parts = given.parts(self.shape[:-1])
+            values = self.read(parts, x.astype(kernel.dtype), kernel)
+            found = given.statistics(parts, values, self.axes)
+            return found, self.mean_below(parts, x)
+
+        # From the wide input, so that gradients are added before they are rounded.
+        broad, narrow = wide(x), round_to(kernel, x.dtype)
+        statistics, mean = laid_out_by_xla(sampled, broad, narrow, norm.arrays)
+        towards = varying_like(jax.typeof(x), norm.target(statistics))
+        x = broad.astype(x.dtype)
+        return self.apply(x, kernel, towards, mean, scale, bias), statistics
+
+    def fold_at(
+        self,
+        parts: Sequence[Part],
+        target: Callable[..., tuple[Statistics, Statistics]],
+        constants: Sequence[Any],
+        x: jax.Array,
+        kernel: jax.Array,
+        scale: Any,
+        bias: Any,
+    ) -> tuple[jax.Array, Statistics]:
+        """Measures given parts; otherwise as :meth:`fold`.
+
+        ``target`` makes of their values and the constants the measured statistics and
+        those to normalize with.
+        """
+        values = self.read(parts, x, round_to(kernel, x.dtype))
+        statistics, towards = target(values, *constants)
+        mean = self.mean_below(parts, x)
+        return self.apply(x, kernel, towards, mean, scale, bias), statistics
 
     def apply(
         self,

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import flax_sbn as sbn
-from flax_sbn.convolution import make_convolution
 from flax_sbn.lattice import Lattice
+from flax_sbn.linear import make_convolution
 from flax_sbn.windows import Part, Windows
 from tests import cases, reference, samples, unfolded
 from tests.closeness import assert_same_to_rounding
@@ -223,17 +223,15 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
         step = len(everywhere) // 100 * 2 + 1
         positions = tuple(everywhere[::step])
         part = Part(1.0, (Lattice(extent, (1,) * rank, positions),))
-        padded, convolution = make_convolution(
-            x,
+        convolution = make_convolution(
             window,
             groups=groups,
             precision=None,
             function=case["function"],
             **options,
         )
-        below, there = convolution.below(padded, part, extent)
         expected = z.reshape(2, -1, *[1] * (rank - 1), 4)[:, ::step]
-        return there(below, kernel), expected
+        return convolution.at(x, kernel, part, extent), expected
 
     assert_same_to_rounding(*both(x, kernel))
 

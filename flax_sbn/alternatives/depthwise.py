@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.convolution import make_convolution
+from flax_sbn.linear import make_convolution
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Statistics, of_features
 
@@ -111,8 +111,7 @@ def depthwise_affine(
         )
     if bias is not None:
         bias = of_features("bias", jnp.asarray(bias, dtype), x.shape, -1)
-    x, convolution = make_convolution(
-        x,
+    convolution = make_convolution(
         kernel.shape[:-2],
         strides=1,
         padding="SAME",

@@ -187,7 +187,7 @@ def moving_average_batch_norm(
         r_max=jnp.where(running.step >= renorm_warmup, r_max, 1.0),
         epsilon=epsilon,
     )
-    psi = varying_like(square, psi)
+    psi = varying_like(jax.typeof(square), psi)
     y = normalize(
         _with_averaged_gradient(x, psi, chi, full, epsilon, axes, axis_name),
         target,

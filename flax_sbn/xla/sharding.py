@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 
-def is_explicit(x: jax.Array) -> bool:
-    """Whether the array's type says how it is laid out over devices."""
-    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+def is_explicit(type_: Any) -> bool:
+    """Whether an array's type says how it is laid out over devices."""
+    return AxisType.Explicit in type_.sharding.mesh.axis_types
 
 
 def laid_out_by_xla(
@@ -25,7 +25,7 @@ def laid_out_by_xla(
     plain call. The function may not close over arrays. ``like_x`` says for each result,
     or tree of results, whether it is laid out as ``x`` is; if not, every device has it.
     """
-    if not is_explicit(x):
+    if not is_explicit(jax.typeof(x)):
         return function(x, *args)
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
@@ -45,13 +45,13 @@ def names_of_features(names: Sequence[Any], stack: int) -> tuple[Any, ...]:
     return (*names[:stack], *names[-1:])
 
 
-def varying_like(x: jax.Array, tree: Any, dtype: DTypeLike | None = None) -> Any:
-    """Returns arrays that count as others on every device on which ``x`` is another.
+def varying_like(type_: Any, tree: Any, dtype: DTypeLike | None = None) -> Any:
+    """Returns arrays that vary between the devices between which arrays of a type do.
 
     Under ``shard_map`` the gradients of all their uses are then added up on each device
     first, and once over the devices, in ``dtype``; None is the arrays' own.
     """
-    there = jax.typeof(x).manual_axis_type.varying
+    there = type_.manual_axis_type.varying
 
     def varying(array: ArrayLike) -> jax.Array:
         array = jnp.asarray(array)

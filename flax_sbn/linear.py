@@ -1,39 +1,89 @@
-"""A convolution's geometry: what of the input a part of the output needs.
+"""Linear layers: convolutions and products, of the whole input or what a part needs.
 
 Letters in shapes: ``N`` images, ``H W`` spatial axes (any number), ``I`` input and
 ``C`` output features.
 """
 
+import abc
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from flax_sbn.lattice import Lattice
-from flax_sbn.windows import Part, Start, Windows, padded_slice
+from flax_sbn.windows import Part, Start, Windows
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
+# Flax's names of borders that are not zero, and those of `jnp.pad`.
+_BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+
+
+class Linear(abc.ABC):
+    """A map of ``x`` and ``kernel``, whose last axis is that of the output.
+
+    Attributes:
+      function: what computes it: JAX's product, which is linear in both, or another.
+    """
+
+    function: Callable[..., jax.Array]
+
+    @abc.abstractmethod
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns ``(N, *spatial, C)``."""
+
+    @abc.abstractmethod
+    def below(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, Self]:
+        """Returns the input below a part of the output, and what to apply to that.
+
+        ``extent`` is that of the output's spatial axes.
+        """
+
+    def at(
+        self, x: jax.Array, kernel: jax.Array, part: Part, extent: Sequence[int]
+    ) -> jax.Array:
+        """Returns a part of the output; see :meth:`below`."""
+        x, here = self.below(x, part, extent)
+        return here(x, kernel)
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """A convolution of given geometry; call it with ``x`` and ``kernel``.
+class Product(Linear):
+    """A matrix product, position by position."""
+
+    function: Callable[..., jax.Array]
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        """Returns the product."""
+        return self.function(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+    def below(
+        self, x: jax.Array, part: Part, extent: Sequence[int]
+    ) -> tuple[jax.Array, Self]:
+        """Returns the input at a part, and this."""
+        return part.take(x, range(x.ndim - 1)), self
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolution(Linear):
+    """A convolution of given geometry.
 
     Attributes:
       window: extent of the kernel on each spatial axis, as are the following.
       strides: steps of the window.
-      padding: zeros before and after, negative ones crop; or a name that jax knows.
+      padding: added before and after, negative numbers crop; or a name that jax knows.
       input_dilation: one more than the zeros between the input's positions.
       kernel_dilation: likewise of the kernel.
       groups: number of groups of features.
       precision: see :func:`jax.lax.conv_general_dilated`.
       function: what computes it.
+      border: what is added, a mode of :func:`jax.numpy.pad`; None for zeros.
     """
 
     window: tuple[int, ...]
@@ -44,16 +94,18 @@ class Convolution:
     groups: int
     precision: Any
     function: Callable[..., jax.Array]
+    border: str | None = None
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        """Returns ``(N, *spatial, C)``."""
+        """Returns the convolution."""
+        x, here = self._bordered(x)
         last = x.ndim - 1
         features_last = (0, last, *range(1, last))
-        return self.function(
+        return here.function(
             x,
             kernel,
-            self.strides,
-            self.padding,
+            here.strides,
+            here.padding,
             lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
             dimension_numbers=lax.ConvDimensionNumbers(
@@ -65,12 +117,9 @@ class Convolution:
 
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
-    ) -> "tuple[jax.Array, Convolution]":
-        """Returns the input below a part of the output, and the convolution there.
-
-        ``extent`` is that of the output's spatial axes.
-        """
-        here = self
+    ) -> tuple[jax.Array, Self]:
+        """Returns the input below a part, and the convolution there."""
+        x, here = self._bordered(x)
         for selection in part.windows:
             if isinstance(selection, Lattice):
                 x, here = here._below_lattice(x, selection)
@@ -79,16 +128,29 @@ class Convolution:
             extent = selection.sampled_shape((x.shape[0], *extent))[1:]
         return x, here
 
-    def _below_lattice(
-        self, x: jax.Array, lattice: Lattice
-    ) -> tuple[jax.Array, "Convolution"]:
-        before = [p for p, _ in self._pads(x)]
-        x = self._dilated(x, range(len(self.window)))
+    def _bordered(self, x: jax.Array) -> tuple[jax.Array, Self]:
+        """Returns the input with a border that is not zero, and what to apply to it."""
+        if self.border is None:
+            return x, self
+        pads = [(0, 0), *self._pads(x), (0, 0)]
+        none = dataclasses.replace(self, padding="VALID", border=None)
+        return jnp.pad(x, pads, mode=self.border), none
+
+    def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:
+        pads = self._pads(x)
         sizes = tuple(self._reach([1] * len(self.window)))
-        starts = np.array(lattice.positions) * self.strides - before
-        extent = (x.shape[0], *sizes, x.shape[-1])
-        blocks = [padded_slice(x, (0, *map(int, start), 0), extent) for start in starts]
-        # Block by block, each of which gives one position.
+        gaps = [n - 1 for n in self.input_dilation]
+        # Block by block, each of which gives one position. Negative numbers crop.
+        blocks = []
+        for position in lattice.positions:
+            border = []
+            for at, stride, size, n, (before, _), gap in zip(
+                position, self.strides, sizes, x.shape[1:-1], pads, gaps, strict=True
+            ):
+                start = at * stride - before
+                border.append((-start, start + size - n - (n - 1) * gap, gap))
+            border = [(0, 0, 0), *border, (0, 0, 0)]
+            blocks.append(lax.pad(x, jnp.zeros((), x.dtype), border))
         here = dataclasses.replace(
             self,
             strides=sizes,
@@ -99,7 +161,7 @@ class Convolution:
 
     def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
-    ) -> tuple[jax.Array, "Convolution"]:
+    ) -> tuple[jax.Array, Self]:
         cut = [i for i, n in enumerate(extent) if windows.sizes[i + 1] != n]
         starts: list[Start] = [windows.starts[0], *[0] * len(extent)]
         sizes = [windows.sizes[0], *x.shape[1:-1]]
@@ -144,7 +206,6 @@ class Convolution:
 
 
 def make_convolution(
-    x: jax.Array,
     window: tuple[int, ...],
     strides: Extents,
     padding: Padding,
@@ -153,11 +214,8 @@ def make_convolution(
     groups: int,
     precision: Any,
     function: Callable[..., jax.Array],
-) -> tuple[jax.Array, Convolution]:
-    """Reads Flax's options and returns the input and the convolution to apply to it.
-
-    Periodic, reflected and causal borders are written into the input, as Flax does.
-    """
+) -> Convolution:
+    """Reads Flax's options and returns the convolution."""
     rank = len(window)
     strides, input_dilation, kernel_dilation = (
         _per_axis(name, value, rank)
@@ -172,11 +230,7 @@ def make_convolution(
         for size, dilation in zip(window, kernel_dilation, strict=True)
     ]
     pads = canonicalize_padding(padding, rank)
-    if pads == "CIRCULAR" or pads == "REFLECT":
-        mode = "wrap" if pads == "CIRCULAR" else "reflect"
-        border = [(0, 0), *(((n - 1) // 2, n // 2) for n in reach), (0, 0)]
-        x, pads = jnp.pad(x, border, mode=mode), "VALID"
-    elif pads == "CAUSAL":
+    if pads == "CAUSAL":
         if rank != 1:
             raise ValueError(
                 f"Expected one spatial axis for padding='CAUSAL', got {rank} of them."
@@ -188,7 +242,11 @@ def make_convolution(
             f"Expected explicit padding with {input_dilation=}, got {padding=}. "
             "Give a pair for each spatial axis."
         )
-    convolution = Convolution(
+    border = None
+    if isinstance(pads, str) and pads in _BORDERS:
+        border = _BORDERS[pads]
+        pads = [((n - 1) // 2, n // 2) for n in reach]
+    return Convolution(
         window,
         strides,
         pads if isinstance(pads, str) else tuple((low, high) for low, high in pads),
@@ -197,8 +255,8 @@ def make_convolution(
         groups,
         precision,
         function,
+        border,
     )
-    return x, convolution
 
 
 def masked_kernel(kernel: jax.Array, mask: jax.Array | None) -> jax.Array:
