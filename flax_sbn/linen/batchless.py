@@ -86,16 +86,7 @@ class BatchlessNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalizes ``x``; in training also sows the loss of mean and scale.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: sow nothing (evaluation).
-          mask: booleans that broadcast to ``x``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Normalizes ``x``; called as :class:`BatchNorm`. In training sows the loss."""
         evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         options: dict[str, Any] = {"axis": self.axis, "epsilon": self.epsilon}

@@ -77,16 +77,7 @@ class BNET(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, C)``.
-          use_running_average: normalize with the running statistics (evaluation).
-          mask: booleans that broadcast to ``x``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Applies the layer to ``(N, *spatial, C)``; called as :class:`BatchNorm`."""
         options = shared_options(self, BatchNorm) | {
             "use_bias": False,
             "use_scale": False,

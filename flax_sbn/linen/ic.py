@@ -77,17 +77,7 @@ class IC(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with the running statistics and drop nothing
-            (evaluation).
-          mask: booleans that broadcast to ``x``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Applies the layer; called as :class:`BatchNorm`. Evaluation drops nothing."""
         if not 0 <= self.rate < 1:
             raise ValueError(
                 f"Expected rate in [0, 1), got rate={self.rate!r}. It is the share of "

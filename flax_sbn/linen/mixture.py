@@ -89,16 +89,7 @@ class MixtureNorm(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalizes ``x``; in training also updates the running mixture.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with the running mixture (evaluation).
-          mask: booleans that broadcast to ``(N, *spatial, 1)``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Normalizes ``x``; as :class:`BatchNorm`, with masks ``(N, *spatial, 1)``."""
         evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)

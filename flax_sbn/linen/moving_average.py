@@ -103,15 +103,7 @@ class MovingAverageBatchNorm(nn.Module):
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None
     ) -> jax.Array:
-        """Normalizes ``x``; in training also updates the averages.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with ``var`` (evaluation).
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Normalizes ``x``; called as :class:`BatchNorm`, without a mask."""
         evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         scale, bias = scale_and_bias(self, features)

@@ -56,13 +56,7 @@ class Shade(nn.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``x``; in training also sows the loss and updates the means.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: sow and update nothing (evaluation).
-          mask: booleans that broadcast to ``x``: False is not measured.
-        """
+        """Returns ``x``; called as :class:`BatchNorm`. In training sows the loss."""
         evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
         means = self.variable("batch_stats", "means", shade_init, features)

@@ -90,17 +90,7 @@ class BNET(nnx.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, C)``.
-          use_running_average: normalize with the running statistics (evaluation); wins
-            over the constructor's.
-          mask: booleans that broadcast to ``x``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Applies the layer to ``(N, *spatial, C)``; called as :class:`BatchNorm`."""
         y = self.norm(x, use_running_average, mask=mask)
         kernel, bias = self.kernel[...], self.bias[...]
         return depthwise_affine(y, kernel, bias, dtype=self.dtype)

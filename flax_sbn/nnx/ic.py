@@ -75,16 +75,6 @@ class IC(nnx.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Applies the layer; in training also updates the running statistics.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with the running statistics and drop nothing
-            (evaluation); wins over the constructor's.
-          mask: booleans that broadcast to ``x``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Applies the layer; called as :class:`BatchNorm`. Evaluation drops nothing."""
         y = self.norm(x, use_running_average, mask=mask)
         return self.dropout(y, deterministic=use_running_average)

@@ -83,17 +83,7 @@ class MixtureNorm(parameters.Normalizer):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalizes ``x``; in training also updates the running mixture.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with the running mixture (evaluation); wins
-            over the constructor's.
-          mask: booleans that broadcast to ``(N, *spatial, 1)``: False is not measured.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Normalizes ``x``; as :class:`BatchNorm`, with masks ``(N, *spatial, 1)``."""
         evaluate = evaluates(self, use_running_average)
         scale, bias = parameters.values(self.scale, self.bias)
         state = (self.step, self.weight, self.mean, self.var)

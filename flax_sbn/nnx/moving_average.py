@@ -117,16 +117,7 @@ class MovingAverageBatchNorm(parameters.Normalizer):
     def __call__(
         self, x: jax.Array, use_running_average: bool | None = None
     ) -> jax.Array:
-        """Normalizes ``x``; in training also updates the averages.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: normalize with ``var`` (evaluation); wins over the
-            constructor's.
-
-        Returns:
-          An array of the shape of ``x``.
-        """
+        """Normalizes ``x``; called as :class:`BatchNorm`, without a mask."""
         evaluate = evaluates(self, use_running_average)
         scale, bias = parameters.values(self.scale, self.bias)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])

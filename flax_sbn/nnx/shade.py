@@ -61,14 +61,7 @@ class Shade(nnx.Module):
         *,
         mask: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns ``x``; in training also sows the loss and updates the means.
-
-        Args:
-          x: ``(N, *spatial, C)``, or with features at ``axis``.
-          use_running_average: sow and update nothing (evaluation); wins over the
-            constructor's.
-          mask: booleans that broadcast to ``x``: False is not measured.
-        """
+        """Returns ``x``; called as :class:`BatchNorm`. In training sows the loss."""
         evaluate = evaluates(self, use_running_average)
         if not evaluate:
             loss = shade(x, self.means[...], axis=self.axis, mask=mask)
