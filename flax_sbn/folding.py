@@ -33,8 +33,6 @@ from flax_sbn.renormalization import Correct
 from flax_sbn.sampled_layer import Layer, fold_kernel
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, broadcast_mask
-from flax_sbn.windows import Part
-from flax_sbn.xla.half_precision import round_to
 from flax_sbn.xla.sharding import varying_like
 
 
@@ -415,30 +413,29 @@ def _linear_norm(
     given_statistics = {} if statistics is None else statistics._asdict()
     _check_features(kernel, 0, **given_statistics, scale=scale, bias=bias)
     x_type = jax.typeof(x)
-    scale, bias = varying_like(x_type, (_inexact(scale), _inexact(bias)))
+    scale, bias = map(_inexact, (scale, bias))
+    scale, bias = varying_like(x_type, (scale, bias))
     # As unfolded layers send its gradient.
     kernel = varying_like(x_type, kernel, x.dtype)
-    narrow = round_to(kernel, x.dtype)
-    shape = jax.eval_shape(linear, x, narrow).shape
+    kernel_type = jax.typeof(kernel)
+    shape = jax.eval_shape(linear, x_type, kernel_type.update(dtype=x.dtype)).shape
     y_shape = (*batch, *shape[1:])
     if norm.mask is not None:
         mask = broadcast_mask(norm.mask, y_shape).reshape(shape)
         norm = dataclasses.replace(norm, mask=mask)
     half, masked = jnp.finfo(x.dtype).bits < 32, norm.mask is not None
     layer = Layer(linear, shape, norm.epsilon, half, masked)
-    fixed: tuple[Part, ...] = ()  # what is measured, if that is known in advance
-    if statistics is None and not needs_key(norm.sampler):
-        fixed = norm.parts(shape[:-1])
-
     if statistics is not None:
         y = layer.apply(x, kernel, statistics, None, scale, bias)
-    elif any(not part.windows for part in fixed):  # all of it: nothing to fold
-        whole = dataclasses.replace(norm, dtype=dtype)
-        y, statistics = whole(linear(x, narrow), scale, bias)
     else:
-        fold: Callable[..., Any] = functools.partial(layer.fold, norm)
-        if fixed and fixed_fold_applies(layer, norm, x_type):
-            fold = fixed_fold(layer, norm, fixed, x_type, jax.typeof(kernel))
-        y, statistics = fold(x, kernel, scale, bias)
+        # What is measured, if that is known in advance.
+        parts = () if needs_key(norm.sampler) else norm.parts(shape[:-1])
+        run: Callable[..., Any] = functools.partial(layer.fold, norm)
+        if any(not part.windows for part in parts):  # all of it: nothing to fold
+            norm = dataclasses.replace(norm, dtype=dtype)
+            run = functools.partial(layer.plain, norm)
+        elif parts and fixed_fold_applies(layer, norm, x_type):
+            run = fixed_fold(layer, norm, parts, x_type, kernel_type)
+        y, statistics = run(x, kernel, scale, bias)
     y = y.astype(dtype).reshape(y_shape)
     return add_and_activate(y, residual, activation), statistics

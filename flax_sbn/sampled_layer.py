@@ -83,6 +83,12 @@ class Layer:
             means.append(part.weight * below.mean(axes, dtype=jnp.float32))
         return functools.reduce(jnp.add, means)
 
+    def plain(
+        self, norm: Norm, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
+    ) -> tuple[jax.Array, Statistics]:
+        """Applies one after the other, as :meth:`fold` does at once."""
+        return norm(self.linear(x, round_to(kernel, x.dtype)), scale, bias)
+
     def fold(
         self, norm: Norm, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
     ) -> tuple[jax.Array, Statistics]:
