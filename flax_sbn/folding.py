@@ -20,7 +20,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.fixed_fold import fixed_fold, fixed_fold_applies
-from flax_sbn.linear import (
+from flax_sbn.linear_layers import (
     Extents,
     Linear,
     Padding,

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_sbn.linear import Linear
+from flax_sbn.linear_layers import Linear
 from flax_sbn.moments import wide
 from flax_sbn.normalization import Norm
 from flax_sbn.statistics import Statistics
@@ -86,7 +86,7 @@ class Layer:
     def plain(
         self, norm: Norm, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
     ) -> tuple[jax.Array, Statistics]:
-        """Applies one after the other, as :meth:`fold` does at once."""
+        """Applies the layer, then the norm; returns what :meth:`fold` does."""
         return norm(self.linear(x, round_to(kernel, x.dtype)), scale, bias)
 
     def fold(

@@ -9,7 +9,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from flax_sbn.linear import make_convolution
+from flax_sbn.linear_layers import make_convolution
 from flax_sbn.normalization import batch_norm
 from flax_sbn.statistics import Statistics, of_features
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from flax_sbn.linear import Extents, Padding
+from flax_sbn.linear_layers import Extents, Padding
 from flax_sbn.linen.batch_norm import shared_options
 from flax_sbn.linen.linear_norm import LinearNorm
 

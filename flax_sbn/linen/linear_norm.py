@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from flax_sbn.activation import Activation, add_and_activate, fused
 from flax_sbn.folding import fold_like, refuse_options
-from flax_sbn.linear import masked_kernel
+from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.linen.batch_norm import BatchNorm, shared_options
 from flax_sbn.linen.variables import evaluates
 from flax_sbn.sampling import Sampler

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from flax_sbn.folding import fold_like
-from flax_sbn.linear import masked_kernel
+from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.sampling import Sampler, needs_key, sampled_parts
 from flax_sbn.statistics import Statistics
 

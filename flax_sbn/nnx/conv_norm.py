@@ -6,7 +6,7 @@ from typing import Any
 from flax import nnx
 
 from flax_sbn.activation import Activation, fused
-from flax_sbn.linear import Extents
+from flax_sbn.linear_layers import Extents
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.linear_norm import LinearNorm, split_options
 from flax_sbn.sampling import Sampler

@@ -9,7 +9,7 @@ from flax import nnx
 
 from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.folding import check_input_features, fold_like, refuse_options
-from flax_sbn.linear import masked_kernel
+from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.modes import evaluates
 

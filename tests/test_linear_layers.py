@@ -12,7 +12,7 @@ import pytest
 
 import flax_sbn as sbn
 from flax_sbn.lattice import Lattice
-from flax_sbn.linear import make_convolution
+from flax_sbn.linear_layers import make_convolution
 from flax_sbn.windows import Part, Windows
 from tests import cases, reference, samples, unfolded
 from tests.closeness import assert_same_to_rounding
