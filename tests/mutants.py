@@ -81,7 +81,7 @@ _TESTS = {
     "loss": ["alternatives/test_shade.py", "alternatives/test_batchless.py"],
 }
 # Of a survivor of those.
-_ALL = ["test_every_layer.py", "test_folding.py", "test_linen.py", "test_nnx.py"]
+_ALL = [f"test_{name}.py" for name in ("api", "every_layer", "folding", "linen", "nnx")]
 _MINUTES = 20
 
 

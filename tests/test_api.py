@@ -1,7 +1,10 @@
 """The public names: each on a page of the API, and the same layers in both APIs."""
 
+import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,3 +103,29 @@ def test_linen_and_nnx_have_the_same_layers():
     )
     assert nnx - linen == {"Loss", "OverwriteWithGradient"}  # kinds of variables
     assert linen <= nnx
+
+
+LAYERS = [name for name in sbn.linen.__all__ if name[0].isupper()]
+
+
+def defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """The values that a function's arguments have of themselves."""
+    given = inspect.signature(function).parameters.values()
+    return {
+        p.name: p.default
+        for p in given
+        if p.default not in (p.empty, None) and not inspect.isroutine(p.default)
+    }
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_defaults_are_those_of_the_function_and_of_the_other_api(name):
+    linen, nnx = getattr(sbn.linen, name), getattr(sbn.nnx, name)
+    function = re.sub("(?<!^)(?=[A-Z][a-z])", "_", name).lower()
+    by_place = [defaults(linen), defaults(nnx.__init__)]
+    for functions in (sbn, sbn.alternatives):
+        if function in functions.__all__:
+            by_place.append(defaults(getattr(functions, function)))
+    for own in by_place[1:]:
+        shared = by_place[0].keys() & own.keys() - {"norm_cls", "conv"}
+        assert {n: own[n] for n in shared} == {n: by_place[0][n] for n in shared}

@@ -587,6 +587,17 @@ def test_metadata_of_linen_variables_stays():
     assert_measured((new["mean"].value, new["var"]), np.concatenate(BATCHES))
 
 
+def test_one_value_is_measured_and_empty_dicts_of_linen_stay():
+    model = nn.BatchNorm(use_running_average=False)
+    x = np.full((1, FEATURES), 3.0, np.float32)
+    variables = model.init(KEY, x)
+    variables["batch_stats"]["others"] = {}
+    new = sbn.linen.estimate_statistics(model, variables, [x])["batch_stats"]
+    assert new.keys() == variables["batch_stats"].keys()
+    np.testing.assert_array_equal(new["mean"], x[0])
+    np.testing.assert_array_equal(new["var"], 0)
+
+
 def linen_call(batches=BATCHES, model=None, variables=None, **options):
     model = model or Two()
     variables = variables or model.init(KEY, BATCHES[0])
