@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.linear import canonicalize_padding
 from jax import lax
 
@@ -137,20 +138,18 @@ class Convolution(Linear):
         return jnp.pad(x, pads, mode=self.border), none
 
     def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:
-        pads = self._pads(x)
         sizes = tuple(self._reach([1] * len(self.window)))
-        gaps = [n - 1 for n in self.input_dilation]
+        gaps = np.array(self.input_dilation) - 1
+        extent = np.array(x.shape[1:-1])
+        starts = np.array(lattice.positions) * self.strides
+        starts -= [before for before, _ in self._pads(x)]
+        ends = starts + sizes - (extent + (extent - 1) * gaps)
         # Block by block, each of which gives one position. Negative numbers crop.
+        zero, whole = jnp.zeros((), x.dtype), (0, 0, 0)
         blocks = []
-        for position in lattice.positions:
-            border = []
-            for at, stride, size, n, (before, _), gap in zip(
-                position, self.strides, sizes, x.shape[1:-1], pads, gaps, strict=True
-            ):
-                start = at * stride - before
-                border.append((-start, start + size - n - (n - 1) * gap, gap))
-            border = [(0, 0, 0), *border, (0, 0, 0)]
-            blocks.append(lax.pad(x, jnp.zeros((), x.dtype), border))
+        for before, after in zip((-starts).tolist(), ends.tolist(), strict=True):
+            border = zip(before, after, gaps.tolist(), strict=True)
+            blocks.append(lax.pad(x, zero, [whole, *border, whole]))
         here = dataclasses.replace(
             self,
             strides=sizes,
