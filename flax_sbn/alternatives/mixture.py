@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -339,12 +338,9 @@ def _points(x: jax.Array, mixture: Mixture, axis: Axis) -> jax.Array:
             f"and {axis=}, got means of shape {mixture.mean.shape} of "
             f"{len(mixture.weight)} components. Is `axis` the feature axis?"
         )
-    return wide(x.transpose(_points_first(x, axis))).reshape(-1, math.prod(features))
-
-
-def _points_first(x: jax.Array, axis: Axis) -> tuple[int, ...]:
     axes = reduction_axes(x.ndim, axis)
-    return (*axes, *(a for a in range(x.ndim) if a not in axes))
+    x = jnp.moveaxis(x, axes, range(len(axes)))
+    return wide(x).reshape(-1, math.prod(features))
 
 
 def _finish(
@@ -356,9 +352,10 @@ def _finish(
     dtype: DTypeLike | None,
 ) -> jax.Array:
     """Returns the points as an array like ``x``, times scale, plus bias."""
-    order = _points_first(x, axis)
-    y = y.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
-    ones = jnp.ones(feature_shape(x.shape, axis), y.dtype)
+    axes, features = reduction_axes(x.ndim, axis), feature_shape(x.shape, axis)
+    y = y.reshape(*(x.shape[a] for a in axes), *features)
+    y = jnp.moveaxis(y, range(len(axes)), axes)
+    ones = jnp.ones(features, y.dtype)
     return normalize(
         y,
         Statistics(jnp.zeros_like(ones), ones),
