@@ -175,12 +175,6 @@ class CenteredConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
-        return _conv_call(_centered(self), inputs, *args, **options)
-
-
-def _centered(layer: Any) -> Any:
-    """Returns a copy, its kernel centered, for Flax's own call to compute with."""
-    graph, state = nnx.split(layer)
-    kernel: Any = state["kernel"]
-    state["kernel"] = kernel.replace(center_kernel(kernel[...], mask=layer.mask))
-    return nnx.merge(graph, state)
+        kernel = center_kernel(self.kernel[...], mask=self.mask)
+        layer = parameters.with_kernel(self, kernel)
+        return _conv_call(layer, inputs, *args, **options)
