@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -213,6 +214,34 @@ def mixture_normalize(
     posteriors = _posteriors(lax.stop_gradient(points), flat, epsilon)
     y = _normalize(points, posteriors, flat, epsilon)
     return _finish(y, x, scale, bias, axis, dtype)
+
+
+class MixtureHooks:
+    """What the layer computes, in Linen as in NNX."""
+
+    def _normalize(
+        self: Any,
+        x: jax.Array,
+        running: Mixture,
+        affine: Sequence[jax.Array | None],
+        mask: jax.Array | None,
+        *,
+        evaluate: bool,
+    ) -> tuple[jax.Array, Mixture]:
+        """Returns the output, and the running mixture after it."""
+        options = {"axis": self.axis, "epsilon": self.epsilon, "dtype": self.dtype}
+        if evaluate:
+            return mixture_normalize(x, running, *affine, **options), running
+        return mixture_norm(
+            x,
+            *affine,
+            running=running,
+            num_steps=self.num_steps,
+            momentum=self.momentum,
+            mask=mask,
+            axis_name=self.axis_name,
+            **options,
+        )
 
 
 # Below, points are (M, C), posteriors (M, K), and means and variances (K, C). Products

@@ -1,9 +1,10 @@
-"""What a Linen layer asks of its scope and its call: parameters, keys, the mode."""
+"""What a Linen layer asks of its scope and its call: variables, keys, the mode."""
 
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -19,6 +20,22 @@ def scale_and_bias(
         make("scale", fields.scale_init, features, dtype) if fields.use_scale else None,
         make("bias", fields.bias_init, features, dtype) if fields.use_bias else None,
     )
+
+
+def running_state(layer: nn.Module, initial: Any) -> Any:
+    """Returns the running state, a named tuple: as it is kept, at first ``initial``."""
+    return type(initial)(
+        *(
+            layer.variable("batch_stats", name, jnp.asarray, value).value
+            for name, value in initial._asdict().items()
+        )
+    )
+
+
+def keep_state(layer: nn.Module, state: Any) -> None:
+    """Keeps the running state, a named tuple, for the next step."""
+    for name, value in state._asdict().items():
+        layer.put_variable("batch_stats", name, value)
 
 
 def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
