@@ -14,7 +14,7 @@ from flax_sbn.statistics import (
     Axis,
     batch_statistics,
     broadcast_mask,
-    feature_shape,
+    of_features,
     reduction_axes,
 )
 
@@ -160,14 +160,9 @@ def _aligned(
     x: ArrayLike, means: ArrayLike, axis: Axis, mask: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, tuple[int, ...]]:
     """Returns ``x`` and the means in float32 or wider, the mask, the axes to reduce."""
-    x, means = jnp.asarray(x), jnp.asarray(means)
+    x = jnp.asarray(x)
+    means = of_features("means", means, x.shape, axis, 2)
     axes = reduction_axes(x.ndim, axis)
-    shape = (2, *feature_shape(x.shape, axis))
-    if means.shape != shape:
-        raise ValueError(
-            f"Expected means of shape {shape}, got means of shape {means.shape} for an "
-            f"input of shape {x.shape} and {axis=}. Is `axis` the feature axis?"
-        )
     wide = jnp.result_type(x.dtype, means.dtype, jnp.float32)
     if mask is not None:
         mask = broadcast_mask(mask, x.shape)

@@ -16,7 +16,7 @@ from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import (
     Axis,
     Statistics,
-    feature_shape,
+    of_features,
     reduction_axes,
     update_running,
 )
@@ -165,14 +165,8 @@ def moving_average_batch_norm(
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
     window = running.chi.shape[0]
-    shape = (window, *feature_shape(x.shape, axis))
     for name, given in (("running.chi", running.chi), ("psi", psi)):
-        if jnp.shape(given) != shape:
-            raise ValueError(
-                f"Expected {name} of shape {shape} for an input of shape {x.shape} and "
-                f"{axis=}, got {name} of shape {jnp.shape(given)}. Is `axis` the "
-                "feature axis?"
-            )
+        of_features(name, given, x.shape, axis, window)
     if not r_max >= 1:
         raise ValueError(f"Expected r_max >= 1, got {r_max=}. One leaves y as it is.")
     square = lax.stop_gradient(jnp.square(wide(x)).mean(axes))
