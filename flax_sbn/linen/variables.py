@@ -51,8 +51,7 @@ def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
             f"rngs={{'{rng_collection}': key}} to apply, a fresh key each step; under "
             f"nn.vmap and nn.scan also split_rngs={{'{rng_collection}': True}}."
         )
-    key: jax.Array = layer.make_rng(rng_collection)
-    return key
+    return layer.make_rng(rng_collection)
 
 
 # Of a field and an argument of the call, returns the one that is given.
