@@ -77,15 +77,15 @@ def feature_shape(shape: Sequence[int], axis: Axis) -> tuple[int, ...]:
 
 
 def of_features(
-    name: str, value: ArrayLike, shape: Sequence[int], axis: Axis
+    name: str, value: ArrayLike, shape: Sequence[int], axis: Axis, *stack: int
 ) -> jax.Array:
-    """Returns an array that has one number for each feature of an input.
+    """Returns an array that has one number, or a stack, for each feature of an input.
 
     Raises:
       ValueError: if the array, called ``name``, has another shape than the features.
     """
     value = jnp.asarray(value)
-    features = feature_shape(shape, axis)
+    features = (*stack, *feature_shape(shape, axis))
     if value.shape != features:
         raise ValueError(
             f"Expected {name} of shape {features}, got {name} of shape {value.shape} "

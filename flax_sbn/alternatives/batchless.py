@@ -211,8 +211,6 @@ def _parameters(
     """Returns both parameters in float32 or wider, of the right shape."""
     if epsilon < 0:
         raise ValueError(f"Expected epsilon >= 0, got {epsilon=}. Try 1e-5.")
-    mean, log_scale = (
-        of_features(name, value, x.shape, axis)
-        for name, value in (("mean", mean), ("log_scale", log_scale))
-    )
+    mean = of_features("mean", mean, x.shape, axis)
+    log_scale = of_features("log_scale", log_scale, x.shape, axis)
     return wide(mean), wide(log_scale)

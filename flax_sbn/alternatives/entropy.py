@@ -14,7 +14,7 @@ from flax_sbn.statistics import (
     Axis,
     batch_statistics,
     broadcast_mask,
-    feature_shape,
+    of_features,
     reduction_axes,
 )
 
@@ -128,12 +128,9 @@ def shade_update(
     x, wide = lax.stop_gradient((x, wide))
 
     def measure(sign: int, mean: jax.Array) -> jax.Array:
-        logits = jax.nn.log_sigmoid(sign * x)
-        if mask is None:
-            return jnp.sum(jax.nn.softmax(logits, axes) * x, axes)
-        weights = jax.nn.softmax(logits, axes, where=mask)
+        weights = jax.nn.softmax(jax.nn.log_sigmoid(sign * x), axes, where=mask)
         measured = jnp.sum(weights * x, axes, where=mask)
-        return jnp.where(mask.any(axes), measured, mean)
+        return measured if mask is None else jnp.where(mask.any(axes), measured, mean)
 
     measured = jnp.stack([measure(-1, wide[0]), measure(1, wide[1])])
     updated = wide + (1 - momentum) * (measured - wide)
@@ -163,15 +160,10 @@ def _aligned(
     x: ArrayLike, means: ArrayLike, axis: Axis, mask: ArrayLike | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None, tuple[int, ...]]:
     """Returns ``x`` and the means in float32 or wider, the mask, the axes to reduce."""
-    x, means = jnp.asarray(x), jnp.asarray(means)
+    x = jnp.asarray(x)
+    means = of_features("means", means, x.shape, axis, 2)
     axes = reduction_axes(x.ndim, axis)
-    shape = (2, *feature_shape(x.shape, axis))
-    if means.shape != shape:
-        raise ValueError(
-            f"Expected means of shape {shape}, got means of shape {means.shape} for an "
-            f"input of shape {x.shape} and {axis=}. Is `axis` the feature axis?"
-        )
-    wide = jnp.promote_types(jnp.promote_types(x.dtype, means.dtype), jnp.float32)
+    wide = jnp.result_type(x.dtype, means.dtype, jnp.float32)
     if mask is not None:
         mask = broadcast_mask(mask, x.shape)
     return x.astype(wide), means.astype(wide), mask, axes

@@ -98,7 +98,6 @@ def ghost_batch_norm(
         )
         return y.reshape(x.shape), jax.tree.map(lambda each: each.mean(0), statistics)
 
-    result: tuple[jax.Array, Statistics] = laid_out_by_xla(
+    return laid_out_by_xla(
         norm_groups, x, scale, bias, key, mask, running, like_x=(True, False)
     )
-    return result

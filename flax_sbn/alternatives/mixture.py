@@ -2,11 +2,11 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
@@ -216,6 +216,34 @@ def mixture_normalize(
     return _finish(y, x, scale, bias, axis, dtype)
 
 
+class MixtureHooks:
+    """What the layer computes, in Linen as in NNX."""
+
+    def _normalize(
+        self: Any,
+        x: jax.Array,
+        running: Mixture,
+        affine: Sequence[jax.Array | None],
+        mask: jax.Array | None,
+        *,
+        evaluate: bool,
+    ) -> tuple[jax.Array, Mixture]:
+        """Returns the output, and the running mixture after it."""
+        options = {"axis": self.axis, "epsilon": self.epsilon, "dtype": self.dtype}
+        if evaluate:
+            return mixture_normalize(x, running, *affine, **options), running
+        return mixture_norm(
+            x,
+            *affine,
+            running=running,
+            num_steps=self.num_steps,
+            momentum=self.momentum,
+            mask=mask,
+            axis_name=self.axis_name,
+            **options,
+        )
+
+
 # Below, points are (M, C), posteriors (M, K), and means and variances (K, C). Products
 # of matrices keep the memory at that of the points; they are taken about the mixture's
 # mean, and not in the reduced precision of some devices.
@@ -339,12 +367,9 @@ def _points(x: jax.Array, mixture: Mixture, axis: Axis) -> jax.Array:
             f"and {axis=}, got means of shape {mixture.mean.shape} of "
             f"{len(mixture.weight)} components. Is `axis` the feature axis?"
         )
-    return wide(x.transpose(_points_first(x, axis))).reshape(-1, math.prod(features))
-
-
-def _points_first(x: jax.Array, axis: Axis) -> tuple[int, ...]:
     axes = reduction_axes(x.ndim, axis)
-    return (*axes, *(a for a in range(x.ndim) if a not in axes))
+    x = jnp.moveaxis(x, axes, range(len(axes)))
+    return wide(x).reshape(-1, math.prod(features))
 
 
 def _finish(
@@ -356,9 +381,10 @@ def _finish(
     dtype: DTypeLike | None,
 ) -> jax.Array:
     """Returns the points as an array like ``x``, times scale, plus bias."""
-    order = _points_first(x, axis)
-    y = y.reshape([x.shape[a] for a in order]).transpose(np.argsort(order))
-    ones = jnp.ones(feature_shape(x.shape, axis), y.dtype)
+    axes, features = reduction_axes(x.ndim, axis), feature_shape(x.shape, axis)
+    y = y.reshape(*(x.shape[a] for a in axes), *features)
+    y = jnp.moveaxis(y, range(len(axes)), axes)
+    ones = jnp.ones(features, y.dtype)
     return normalize(
         y,
         Statistics(jnp.zeros_like(ones), ones),

@@ -1,7 +1,8 @@
 """Moving-average batch norm: averages over past steps, in the backward pass as well."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax_sbn.renormalization import renormalize
 from flax_sbn.statistics import (
     Axis,
     Statistics,
-    feature_shape,
+    of_features,
     reduction_axes,
     update_running,
 )
@@ -164,14 +165,8 @@ def moving_average_batch_norm(
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, axis)
     window = running.chi.shape[0]
-    shape = (window, *feature_shape(x.shape, axis))
     for name, given in (("running.chi", running.chi), ("psi", psi)):
-        if jnp.shape(given) != shape:
-            raise ValueError(
-                f"Expected {name} of shape {shape} for an input of shape {x.shape} and "
-                f"{axis=}, got {name} of shape {jnp.shape(given)}. Is `axis` the "
-                "feature axis?"
-            )
+        of_features(name, given, x.shape, axis, window)
     if not r_max >= 1:
         raise ValueError(f"Expected r_max >= 1, got {r_max=}. One leaves y as it is.")
     square = lax.stop_gradient(jnp.square(wide(x)).mean(axes))
@@ -199,6 +194,36 @@ def moving_average_batch_norm(
     )
     updated = update_running(running.statistics(), statistics, momentum)
     return y, MovingAverages(running.step + 1, last, updated.var)
+
+
+class MovingAverageHooks:
+    """What the layer computes, in Linen as in NNX."""
+
+    def _normalize(
+        self: Any,
+        x: jax.Array,
+        running: MovingAverages,
+        psi: Any,
+        affine: Sequence[jax.Array | None],
+        *,
+        evaluate: bool,
+    ) -> tuple[jax.Array, MovingAverages]:
+        """Returns the output, and the averages after it; evaluation needs no psi."""
+        options = {"axis": self.axis, "epsilon": self.epsilon, "dtype": self.dtype}
+        if evaluate:
+            return normalize(x, running.statistics(), *affine, **options), running
+        return moving_average_batch_norm(
+            x,
+            *affine,
+            psi=psi,
+            running=running,
+            axis_name=self.axis_name,
+            momentum=self.momentum,
+            warmup=self.warmup,
+            renorm_warmup=self.renorm_warmup,
+            r_max=self.r_max,
+            **options,
+        )
 
 
 def center_kernel(kernel: ArrayLike, *, mask: ArrayLike | None = None) -> jax.Array:

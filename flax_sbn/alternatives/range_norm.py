@@ -87,8 +87,8 @@ def range_moments(
     chunks = min(num_chunks, size // 2)
 
     def chunked(values: jax.Array) -> jax.Array:
-        features = [n for a, n in enumerate(values.shape) if a not in axes]
-        values = jnp.moveaxis(values, axes, tuple(range(len(axes))))
+        values = jnp.moveaxis(values, axes, range(len(axes)))
+        features = values.shape[len(axes) :]
         values = values.reshape(size, *features)[: size - size % chunks]
         return values.reshape(chunks, size // chunks, *features)
 

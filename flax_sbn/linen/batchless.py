@@ -97,11 +97,9 @@ class BatchlessNorm(nn.Module):
 
         mean = self.param("mean", measured, 0)
         log_scale = self.param("log_scale", measured, 1)
-        scale, bias = scale_and_bias(self, features)
+        affine = scale_and_bias(self, features)
 
-        if not evaluate and not self.is_initializing():
+        if not (evaluate or self.is_initializing()):
             nll = batchless_nll(x, mean, log_scale, mask=mask, **options)
             self.sow("losses", "nll", nll)
-        return batchless_norm(
-            x, mean, log_scale, scale, bias, dtype=self.dtype, **options
-        )
+        return batchless_norm(x, mean, log_scale, *affine, dtype=self.dtype, **options)

@@ -1,24 +1,22 @@
 """Mixture normalization, as a Linen layer."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
-from flax_sbn.alternatives.mixture import (
-    Mixture,
-    initial_mixture,
-    mixture_norm,
-    mixture_normalize,
+from flax_sbn.alternatives.mixture import MixtureHooks, initial_mixture
+from flax_sbn.linen.variables import (
+    evaluates,
+    keep_state,
+    running_state,
+    scale_and_bias,
 )
-from flax_sbn.linen.variables import evaluates, scale_and_bias
 from flax_sbn.statistics import Axis, feature_shape
 
 
-class MixtureNorm(nn.Module):
+class MixtureNorm(MixtureHooks, nn.Module):
     r"""Normalizes by the modes of the batch: a mixture of normal distributions.
 
     .. math::
@@ -91,34 +89,11 @@ class MixtureNorm(nn.Module):
     ) -> jax.Array:
         """Normalizes ``x``; as :class:`BatchNorm`, with masks ``(N, *spatial, 1)``."""
         evaluate = evaluates(self.use_running_average, use_running_average)
+        evaluate = evaluate or self.is_initializing()
         features = feature_shape(x.shape, self.axis)
-        scale, bias = scale_and_bias(self, features)
-
-        initial = initial_mixture(self.num_components, features)
-        running = Mixture(
-            *(
-                self.variable("batch_stats", name, jnp.asarray, value).value
-                for name, value in initial._asdict().items()
-            )
-        )
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-        }
-        if evaluate or self.is_initializing():
-            return mixture_normalize(x, running, scale, bias, **options)
-        y, updated = mixture_norm(
-            x,
-            scale,
-            bias,
-            running=running,
-            num_steps=self.num_steps,
-            momentum=self.momentum,
-            mask=mask,
-            axis_name=self.axis_name,
-            **options,
-        )
-        for name, value in updated._asdict().items():
-            self.put_variable("batch_stats", name, value)
+        affine = scale_and_bias(self, features)
+        running = running_state(self, initial_mixture(self.num_components, features))
+        y, updated = self._normalize(x, running, affine, mask, evaluate=evaluate)
+        if not evaluate:
+            keep_state(self, updated)
         return y

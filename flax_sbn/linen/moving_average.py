@@ -10,17 +10,20 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.moving_average import (
-    MovingAverages,
+    MovingAverageHooks,
     center_kernel,
-    moving_average_batch_norm,
     moving_averages,
 )
-from flax_sbn.linen.variables import evaluates, scale_and_bias
-from flax_sbn.normalization import normalize
+from flax_sbn.linen.variables import (
+    evaluates,
+    keep_state,
+    running_state,
+    scale_and_bias,
+)
 from flax_sbn.statistics import Axis, feature_shape
 
 
-class MovingAverageBatchNorm(nn.Module):
+class MovingAverageBatchNorm(MovingAverageHooks, nn.Module):
     r"""Batch norm for micro-batches: averages over the last steps, in both directions.
 
     .. math::
@@ -106,47 +109,22 @@ class MovingAverageBatchNorm(nn.Module):
         """Normalizes ``x``; called as :class:`BatchNorm`, without a mask."""
         evaluate = evaluates(self.use_running_average, use_running_average)
         features = feature_shape(x.shape, self.axis)
-        scale, bias = scale_and_bias(self, features)
-
-        initial = moving_averages(features, self.window)
-        running = MovingAverages(
-            *(
-                self.variable("batch_stats", name, jnp.asarray, value).value
-                for name, value in initial._asdict().items()
-            )
-        )
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-        }
+        affine = scale_and_bias(self, features)
+        running = running_state(self, moving_averages(features, self.window))
         if self.is_initializing():
-            self.variable(OVERWRITE_WITH_GRADIENT, "psi", jnp.zeros_like, initial.chi)
-        if evaluate or self.is_initializing():
-            return normalize(x, running.statistics(), scale, bias, **options)
-
-        if not self.has_variable(OVERWRITE_WITH_GRADIENT, "psi"):
+            evaluate = True
+            self.variable(OVERWRITE_WITH_GRADIENT, "psi", jnp.zeros_like, running.chi)
+        psi: Any = self.get_variable(OVERWRITE_WITH_GRADIENT, "psi")
+        if psi is None and not evaluate:
             raise ValueError(
                 f"Expected a collection '{OVERWRITE_WITH_GRADIENT}' in training, got "
                 f"{sorted(self.variables)} in layer "
                 f"{'/'.join(self.path) or type(self).__name__}. Pass apply all that "
                 "init returned, psi replaced by its gradient after each step."
             )
-        y, updated = moving_average_batch_norm(
-            x,
-            scale,
-            bias,
-            psi=self.get_variable(OVERWRITE_WITH_GRADIENT, "psi"),
-            running=running,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            warmup=self.warmup,
-            renorm_warmup=self.renorm_warmup,
-            r_max=self.r_max,
-            **options,
-        )
-        for name, value in updated._asdict().items():
-            self.put_variable("batch_stats", name, value)
+        y, updated = self._normalize(x, running, psi, affine, evaluate=evaluate)
+        if not evaluate:
+            keep_state(self, updated)
         return y
 
 

@@ -1,9 +1,10 @@
-"""What a Linen layer asks of its scope and its call: parameters, keys, the mode."""
+"""What a Linen layer asks of its scope and its call: variables, keys, the mode."""
 
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 
@@ -21,6 +22,22 @@ def scale_and_bias(
     )
 
 
+def running_state(layer: nn.Module, initial: Any) -> Any:
+    """Returns the running state, a named tuple: as it is kept, at first ``initial``."""
+    return type(initial)(
+        *(
+            layer.variable("batch_stats", name, jnp.asarray, value).value
+            for name, value in initial._asdict().items()
+        )
+    )
+
+
+def keep_state(layer: nn.Module, state: Any) -> None:
+    """Keeps the running state, a named tuple, for the next step."""
+    for name, value in state._asdict().items():
+        layer.put_variable("batch_stats", name, value)
+
+
 def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
     """Draws a key from an rng stream, or from ``'params'`` where it is missing.
 
@@ -34,8 +51,7 @@ def draw_key(layer: nn.Module, rng_collection: str, purpose: str) -> jax.Array:
             f"rngs={{'{rng_collection}': key}} to apply, a fresh key each step; under "
             f"nn.vmap and nn.scan also split_rngs={{'{rng_collection}': True}}."
         )
-    key: jax.Array = layer.make_rng(rng_collection)
-    return key
+    return layer.make_rng(rng_collection)
 
 
 # Of a field and an argument of the call, returns the one that is given.

@@ -13,14 +13,13 @@ class Standardized(nn.Module):
     gain_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.nowrap
-    def param(self, name: str, *args: Any, **options: Any) -> Any:
+    def param(self: Any, name: str, *args: Any, **options: Any) -> Any:
         """Makes or returns a parameter; the kernel standardized."""
         value = super().param(name, *args, **options)
         if name != "kernel":
             return value
-        layer: Any = self
-        features, dtype = value.shape[-1:], layer.param_dtype
-        gain = super().param("gain", self.gain_init, features, dtype)
+        features = value.shape[-1:]
+        gain = super().param("gain", self.gain_init, features, self.param_dtype)
         return standardize_kernel(value, gain, mask=getattr(self, "mask", None))
 
 

@@ -91,19 +91,12 @@ class BatchlessNorm(parameters.Normalizer):
             mean, log_scale = batchless_init(x, mask=mask, **options)
             self.mean[...] = mean.astype(self.mean.dtype)
             self.log_scale[...] = log_scale.astype(self.log_scale.dtype)
-        elif not evaluate:
-            nll = batchless_nll(
-                x, self.mean[...], self.log_scale[...], mask=mask, **options
-            )
+        mean, log_scale = self.mean[...], self.log_scale[...]
+        if not (evaluate or self.initializing):
+            nll = batchless_nll(x, mean, log_scale, mask=mask, **options)
             sow_loss(self, "nll", nll)
-        return batchless_norm(
-            x,
-            self.mean[...],
-            self.log_scale[...],
-            *parameters.values(self.scale, self.bias),
-            dtype=self.dtype,
-            **options,
-        )
+        affine = parameters.values(self.scale, self.bias)
+        return batchless_norm(x, mean, log_scale, *affine, dtype=self.dtype, **options)
 
 
 def initialize_batchless(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:

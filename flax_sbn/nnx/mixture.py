@@ -5,17 +5,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from flax_sbn.alternatives.mixture import (
-    Mixture,
-    initial_mixture,
-    mixture_norm,
-    mixture_normalize,
-)
+from flax_sbn.alternatives.mixture import Mixture, MixtureHooks, initial_mixture
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.modes import evaluates
 
 
-class MixtureNorm(parameters.Normalizer):
+class MixtureNorm(MixtureHooks, parameters.Normalizer):
     r"""Normalizes by the modes of the batch: a mixture of normal distributions.
 
     .. math::
@@ -85,27 +80,11 @@ class MixtureNorm(parameters.Normalizer):
     ) -> jax.Array:
         """Normalizes ``x``; as :class:`BatchNorm`, with masks ``(N, *spatial, 1)``."""
         evaluate = evaluates(self, use_running_average)
-        scale, bias = parameters.values(self.scale, self.bias)
+        affine = parameters.values(self.scale, self.bias)
         state = (self.step, self.weight, self.mean, self.var)
         running = Mixture(*(variable[...] for variable in state))
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-        }
-        if evaluate:
-            return mixture_normalize(x, running, scale, bias, **options)
-        y, updated = mixture_norm(
-            x,
-            scale,
-            bias,
-            running=running,
-            num_steps=self.num_steps,
-            momentum=self.momentum,
-            mask=mask,
-            axis_name=self.axis_name,
-            **options,
-        )
-        for variable, value in zip(state, updated, strict=True):
-            variable[...] = value
+        y, updated = self._normalize(x, running, affine, mask, evaluate=evaluate)
+        if not evaluate:
+            for variable, value in zip(state, updated, strict=True):
+                variable[...] = value
         return y

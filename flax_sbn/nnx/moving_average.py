@@ -7,14 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from flax_sbn.alternatives.moving_average import (
+    MovingAverageHooks,
     MovingAverages,
     center_kernel,
-    moving_average_batch_norm,
     moving_averages,
 )
 from flax_sbn.nnx import parameters
 from flax_sbn.nnx.modes import evaluates
-from flax_sbn.normalization import normalize
 
 # Not captured or tabulated a second time; see BatchNorm.
 _conv_call = nnx.Conv.__call__
@@ -34,7 +33,7 @@ class OverwriteWithGradient(nnx.Variable[Any]):
     """
 
 
-class MovingAverageBatchNorm(parameters.Normalizer):
+class MovingAverageBatchNorm(MovingAverageHooks, parameters.Normalizer):
     r"""Batch norm for micro-batches: averages over the last steps, in both directions.
 
     .. math::
@@ -119,30 +118,13 @@ class MovingAverageBatchNorm(parameters.Normalizer):
     ) -> jax.Array:
         """Normalizes ``x``; called as :class:`BatchNorm`, without a mask."""
         evaluate = evaluates(self, use_running_average)
-        scale, bias = parameters.values(self.scale, self.bias)
+        affine = parameters.values(self.scale, self.bias)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "epsilon": self.epsilon,
-            "dtype": self.dtype,
-        }
-        if evaluate:
-            return normalize(x, running.statistics(), scale, bias, **options)
-
-        y, updated = moving_average_batch_norm(
-            x,
-            scale,
-            bias,
-            psi=self.psi[...],
-            running=running,
-            axis_name=self.axis_name,
-            momentum=self.momentum,
-            warmup=self.warmup,
-            renorm_warmup=self.renorm_warmup,
-            r_max=self.r_max,
-            **options,
+        y, updated = self._normalize(
+            x, running, self.psi[...], affine, evaluate=evaluate
         )
-        self.step[...], self.chi[...], self.var[...] = updated
+        if not evaluate:
+            self.step[...], self.chi[...], self.var[...] = updated
         return y
 
 
@@ -175,12 +157,6 @@ class CenteredConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
-        return _conv_call(_centered(self), inputs, *args, **options)
-
-
-def _centered(layer: Any) -> Any:
-    """Returns a copy, its kernel centered, for Flax's own call to compute with."""
-    graph, state = nnx.split(layer)
-    kernel: Any = state["kernel"]
-    state["kernel"] = kernel.replace(center_kernel(kernel[...], mask=layer.mask))
-    return nnx.merge(graph, state)
+        kernel = center_kernel(self.kernel[...], mask=self.mask)
+        layer = parameters.with_kernel(self, kernel)
+        return _conv_call(layer, inputs, *args, **options)

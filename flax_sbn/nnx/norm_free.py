@@ -81,14 +81,13 @@ class NormFreeBlock(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         window, unit = tuple(kernel_size), (1,) * len(kernel_size)
-        changes = np.max(strides) > 1 or in_features != out_features
         self.conv1 = conv(in_features, out_features, window, strides=strides, rngs=rngs)
         self.conv2 = conv(out_features, out_features, window, rngs=rngs)
-        self.shortcut: Any = nnx.data(
-            conv(in_features, out_features, unit, strides=strides, rngs=rngs)
-            if changes
-            else None
-        )
+        self.shortcut: Any = nnx.data(None)
+        if np.max(strides) > 1 or in_features != out_features:
+            self.shortcut = conv(
+                in_features, out_features, unit, strides=strides, rngs=rngs
+            )
         self.skip_gain = nnx.Param(skip_gain_init(rngs.params(), (), jnp.float32))
         self.activation, self.beta, self.alpha = activation, beta, alpha
 

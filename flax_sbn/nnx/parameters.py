@@ -1,4 +1,6 @@
-"""Scale, bias and options that NNX layers beside batch norm have in common."""
+"""Parameters of NNX layers: made with common options, read, replaced for a call."""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,3 +39,11 @@ class Normalizer(nnx.Module):
 def values(*params: nnx.Param[jax.Array] | None) -> tuple[jax.Array | None, ...]:
     """Returns the arrays in parameters."""
     return tuple(None if param is None else param[...] for param in params)
+
+
+def with_kernel(layer: nnx.Module, kernel: jax.Array) -> Any:
+    """Returns a copy of a layer with another kernel, to pass to Flax's own call."""
+    graph, state = nnx.split(layer)
+    param: Any = state["kernel"]
+    state["kernel"] = param.replace(kernel)
+    return nnx.merge(graph, state)

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from flax_sbn.alternatives.weight_standardization import standardize_kernel
+from flax_sbn.nnx.parameters import with_kernel
 
 # Not captured or tabulated a second time; see BatchNorm.
 _conv_call, _linear_call = nnx.Conv.__call__, nnx.Linear.__call__
@@ -66,7 +67,8 @@ class WSConv(nnx.Conv):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
-        return _conv_call(_standardized(self), inputs, *args, **options)
+        kernel = standardize_kernel(self.kernel[...], self.gain[...], mask=self.mask)
+        return _conv_call(with_kernel(self, kernel), inputs, *args, **options)
 
 
 class WSDense(nnx.Linear):
@@ -115,15 +117,5 @@ class WSDense(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(*batch, I)``, as :class:`flax.nnx.Linear`."""
-        return _linear_call(_standardized(self), inputs, *args, **options)
-
-
-def _standardized(layer: Any) -> Any:
-    """Returns a copy, its kernel standardized, for Flax's own call to compute with."""
-    graph, state = nnx.split(layer)
-    kernel: Any = state["kernel"]
-    mask = getattr(layer, "mask", None)
-    state["kernel"] = kernel.replace(
-        standardize_kernel(kernel[...], layer.gain[...], mask=mask)
-    )
-    return nnx.merge(graph, state)
+        kernel = standardize_kernel(self.kernel[...], self.gain[...])
+        return _linear_call(with_kernel(self, kernel), inputs, *args, **options)
