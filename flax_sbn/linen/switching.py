@@ -314,7 +314,7 @@ class _Interceptor:
             norm = functools.partial(batch_norm, x, axis=ours.axis)
         else:
             switching.note(path, "folded", layer=product.path)
-            norm = product.norm()
+            norm = product.norm
         y, _ = ours._step(norm, *ours._values(features), mask)
         return y
 

@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -195,32 +195,32 @@ class Product:
     compute_dtype: Any
     dtype: Any
 
-    def norm(self, *promoted: Any) -> Norm:
-        """Returns the layer with a norm in it, to call with the norm's options.
+    def norm(
+        self,
+        *affine: Any,
+        running: Statistics,
+        dtype: Any,
+        promoted: Sequence[jax.Array] = (),
+        **options: Any,
+    ) -> tuple[jax.Array, Statistics]:
+        """Computes the layer with a norm in it.
 
         ``promoted`` are further arrays with which an unfolded norm promotes its input.
         """
-        fold = self.fold
-        assert fold is not None  # that was an obstacle
-
-        def folded(
-            *affine: Any, running: Statistics, dtype: Any, **options: Any
-        ) -> tuple[jax.Array, Statistics]:
-            # Only the mean sees a bias before a norm.
-            shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
-            y, statistics = fold(
-                self.x,
-                self.kernel,
-                *affine,
-                running=running._replace(mean=running.mean - shift),
-                dtype=self.compute_dtype,
-                **options,
-            )
-            like = (*affine, *promoted, jnp.zeros((), self.dtype))
-            y = y.astype(canonicalize_dtype(*like, dtype=dtype))
-            return y, statistics._replace(mean=statistics.mean + shift)
-
-        return folded
+        assert self.fold is not None  # that was an obstacle
+        # Only the mean sees a bias before a norm.
+        shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
+        y, statistics = self.fold(
+            self.x,
+            self.kernel,
+            *affine,
+            running=running._replace(mean=running.mean - shift),
+            dtype=self.compute_dtype,
+            **options,
+        )
+        like = (*affine, *promoted, jnp.zeros((), self.dtype))
+        y = y.astype(canonicalize_dtype(*like, dtype=dtype))
+        return y, statistics._replace(mean=statistics.mean + shift)
 
 
 # By the identity of an output, as long as that lives.

@@ -286,5 +286,6 @@ class _Norm(BatchNorm):
             switching.note(self.path, "sampled", reason=why_not)
             return super().__call__(x, use_running_average, mask=mask)
         switching.note(self.path, "folded", layer=product.path)
-        y, _ = self._step(product.norm(self.mean[...]), *self._values(), mask)
+        norm = functools.partial(product.norm, promoted=[self.mean[...]])
+        y, _ = self._step(norm, *self._values(), mask)
         return y
