@@ -114,9 +114,7 @@ def sample_norms(
         fuse_relu,
         rng_collection,
     )
-    cls: Any = type(model)
-    switched: M = _switched(cls, options)(**_given(model))
-    return switched
+    return _rebuild(type(model), _given(model), options)
 
 
 def switch_report(
@@ -152,14 +150,11 @@ def switch_report(
     rngs = key if rngs is None else rngs
     initial = {"params": key, **rngs} if isinstance(rngs, Mapping) else rngs
 
-    def run(*args: Any) -> None:
-        variables = model.init(initial, *args, **kwargs)
-        with switching.reporting() as norms:
-            model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
-        found.extend(norms)
-
-    found: list[switching.SwitchedNorm] = []
-    jax.eval_shape(run, *args)
+    init = functools.partial(model.init, initial, **kwargs)
+    apply = functools.partial(model.apply, mutable=True, rngs=rngs, **kwargs)
+    variables = jax.eval_shape(init, *args)
+    with switching.reporting() as found:
+        jax.eval_shape(apply, variables, *args)
     relus = [
         f"{type(model).__name__}.{field.name}"
         for field in dataclasses.fields(model)

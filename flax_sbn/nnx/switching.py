@@ -169,12 +169,10 @@ def switch_report(
     graph, state = nnx.split(model)
 
     def run(state: Any, *args: Any) -> None:
-        with switching.reporting() as norms:
-            nnx.merge(graph, state)(*args, **kwargs)
-        found.extend(norms)
+        nnx.merge(graph, state)(*args, **kwargs)
 
-    found: list[switching.SwitchedNorm] = []
-    jax.eval_shape(run, state, *args)
+    with switching.reporting() as found:
+        jax.eval_shape(run, state, *args)
     relus = [
         switching.written((*path, name))
         for path, module in _modules(model)
@@ -192,11 +190,8 @@ def switch_report(
 
 def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
     """Yields paths and modules, each module once."""
-    seen = set()
     for path, module in nnx.iter_modules(model):
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield tuple(map(str, path)), module
+        yield tuple(map(str, path)), module
 
 
 def _is_norm(module: nnx.Module, norm_types: tuple[type, ...]) -> bool:
