@@ -67,6 +67,10 @@ class LinearNorm(nnx.Module):
     norm: BatchNorm | None
     activation: Activation | None
 
+    @property
+    def _linear(self) -> Any:
+        return getattr(self, self.linear_name)
+
     def __call__(
         self,
         x: jax.Array,
@@ -88,8 +92,7 @@ class LinearNorm(nnx.Module):
         Returns:
           ``(N, *spatial, C)``.
         """
-        linear, norm = getattr(self, self.linear_name), self.norm
-        activation = self.activation
+        linear, norm, activation = self._linear, self.norm, self.activation
         check_input_features(x, linear.in_features)
         if norm is None:
             return add_and_activate(linear(x), residual, activation)
