@@ -73,11 +73,7 @@ class LinearNorm(nn.Module, kw_only=True):
 
     @nn.nowrap
     def _has_bias(self) -> bool:
-        """Whether the linear layer has a bias: its norm was folded into it for good.
-
-        Raises:
-          ValueError: if there is a norm as well.
-        """
+        """Whether the linear layer has a bias: its norm was folded into it for good."""
         variables, name = self.variables, self.linear_name
         if "bias" not in variables.get("params", {}).get(name, {}):
             return False

@@ -89,12 +89,7 @@ def add_call(
 def over_batches(
     step: Callable[[State, Any, int], State], state: State, batches: Iterable[Any]
 ) -> State:
-    """Returns the state after a step with each batch and its number.
-
-    Raises:
-      TypeError: if ``batches`` is an array.
-      ValueError: if there is no batch.
-    """
+    """Returns the state after a step with each batch and its number."""
     if isinstance(batches, jax.Array | np.ndarray):
         raise TypeError(
             f"Expected an iterable of batches, got an array of shape {batches.shape}. "
@@ -115,11 +110,7 @@ def over_batches(
 def estimated(
     running: Mapping[Path, Statistics], measured: Mapping[Path, Measured]
 ) -> dict[Path, Statistics]:
-    """Returns new running statistics, the old ones where nothing was measured.
-
-    Raises:
-      ValueError: if no norm was measured, or what was measured is not finite.
-    """
+    """Returns new running statistics, the old ones where nothing was measured."""
     on_host = jax.device_get([m.moments for m in measured.values()])
     if not any(np.any(m.num > 0) for m in on_host):
         raise ValueError(

@@ -174,26 +174,15 @@ def check_copy(norm: Any, what: str, *needed: str) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """The output of a linear layer, and what it was made of.
+    """The output of a linear layer, and what it was made of."""
 
-    Attributes:
-      path: of the layer.
-      x: its input.
-      kernel: ``(..., C)``, masked.
-      bias: ``(C,)`` or None.
-      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options; None if
-        there is no such function.
-      compute_dtype: that in which the layer computes.
-      dtype: that of its output.
-    """
-
-    path: Path
-    x: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    fold: Norm | None
-    compute_dtype: Any
-    dtype: Any
+    path: Path  # of the layer
+    x: jax.Array  # its input
+    kernel: jax.Array  # (..., C), masked
+    bias: jax.Array | None  # (C,)
+    fold: Norm | None  # of `fold_like`
+    compute_dtype: Any  # that in which the layer computes
+    dtype: Any  # that of its output
 
     def norm(
         self,

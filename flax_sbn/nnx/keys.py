@@ -5,11 +5,7 @@ from flax import nnx
 
 
 def fork_stream(rngs: nnx.Rngs, rng_collection: str, purpose: str) -> nnx.RngStream:
-    """Returns an rng stream of a layer's own; the default stream will do.
-
-    Raises:
-      ValueError: if there is neither stream.
-    """
+    """Returns an rng stream of a layer's own; the default stream will do."""
     if rng_collection not in rngs and "default" not in rngs:
         raise ValueError(
             f"Expected an rng stream '{rng_collection}' for {purpose}, got streams "
@@ -22,11 +18,7 @@ def fork_stream(rngs: nnx.Rngs, rng_collection: str, purpose: str) -> nnx.RngStr
 def draw_key(
     rngs: nnx.Rngs | nnx.RngStream | None, rng_collection: str, purpose: str
 ) -> jax.Array:
-    """Draws a key from a layer's stream, or streams of which it is one.
-
-    Raises:
-      ValueError: if the layer has none.
-    """
+    """Draws a key from a layer's stream, or streams of which it is one."""
     if rngs is None:
         raise ValueError(
             f"Expected an rng stream for {purpose}, got none in a layer that was made "
