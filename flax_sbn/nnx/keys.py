@@ -1,6 +1,5 @@
 """Random keys of an NNX layer."""
 
-import jax
 from flax import nnx
 
 
@@ -13,17 +12,3 @@ def fork_stream(rngs: nnx.Rngs, rng_collection: str, purpose: str) -> nnx.RngStr
             "nnx.Rngs(0) for every stream."
         )
     return rngs[rng_collection].fork()
-
-
-def draw_key(
-    rngs: nnx.Rngs | nnx.RngStream | None, rng_collection: str, purpose: str
-) -> jax.Array:
-    """Draws a key from a layer's stream, or streams of which it is one."""
-    if rngs is None:
-        raise ValueError(
-            f"Expected an rng stream for {purpose}, got none in a layer that was made "
-            "for a sampler that draws nothing. Set both: model.set_attributes("
-            "sbn.nnx.BatchNorm, sampler=sampler, rngs=nnx.Rngs(0))."
-        )
-    stream = rngs[rng_collection] if isinstance(rngs, nnx.Rngs) else rngs
-    return stream()
