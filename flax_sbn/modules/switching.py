@@ -159,13 +159,10 @@ def complain_of_no_norm(model: Any, what: str) -> ValueError:
     )
 
 
-# What a class of `norm_types` needs to have of Flax's BatchNorm.
-_NEEDED = ("momentum", "epsilon", "use_running_average")
-
-
 def check_copy(norm: Any, what: str, *needed: str) -> None:
     """Raises a TypeError if a class of `norm_types` lacks what is needed of it."""
-    if missing := [name for name in (*_NEEDED, *needed) if not hasattr(norm, name)]:
+    needed = ("momentum", "epsilon", "use_running_average", *needed)
+    if missing := [name for name in needed if not hasattr(norm, name)]:
         raise TypeError(
             f"Expected a class with {what}'s fields, got {type(norm).__name__} without "
             f"{', '.join(missing)}. Leave it out of `norm_types`."
