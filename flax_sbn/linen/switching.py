@@ -286,9 +286,6 @@ class _Interceptor:
         if module.is_initializing():
             return plain()
         path, options = module.path, self.options
-        if evaluates(module.use_running_average, use_running_average):
-            switching.note(path, "plain", reason=switching.EVALUATED)
-            return plain()
         sampler = options.sampler
         ours = BatchNorm(
             **shared_options(module, nn.BatchNorm),
@@ -297,8 +294,9 @@ class _Interceptor:
             rng_collection=options.rng_collection,
             parent=module.scope,
         )
-        if switching.unfit(sampler, x, ours.axis):
-            switching.note(path, "plain", reason="no spatial axes to sample from")
+        evaluate = evaluates(module.use_running_average, use_running_average)
+        if reason := switching.why_plain(sampler, x, ours.axis, evaluate=evaluate):
+            switching.note(path, "plain", reason=reason)
             return plain()
         features = feature_shape(x.shape, ours.axis)
         product = switching.product_of(x)

@@ -29,7 +29,7 @@ Path = tuple[str, ...]
 # Whether a norm is switched, by its path and the module itself.
 Only = Callable[[Path, Any], bool]
 Norm = Callable[..., tuple[jax.Array, Statistics]]
-EVALUATED = "evaluated"  # why a norm stays plain
+_EVALUATED = "evaluated"
 
 
 class SwitchedNorm(NamedTuple):
@@ -144,7 +144,7 @@ def report_on(
             f"{type(model).__name__} without a switched norm. Write "
             "switch_report(sample_norms(model), ...)."
         )
-    if all(norm.reason == EVALUATED for norm in found):
+    if all(norm.reason == _EVALUATED for norm in found):
         raise ValueError(
             f"Expected a call in training, got one in which all norms evaluate. {train}"
         )
@@ -256,6 +256,22 @@ def _is_traced(x: Any) -> bool:
     return False
 
 
+def why_plain(sampler: Sampler, x: jax.Array, axis: Any, *, evaluate: bool) -> str:
+    """Returns why a norm of input ``x`` stays as it is; empty if it is sampled."""
+    if evaluate:
+        return _EVALUATED
+    features = 1 if isinstance(axis, int) else len(axis)
+    if x.ndim - features == 1:  # does the sampler need spatial axes?
+        try:
+            jax.eval_shape(
+                lambda key: [part.weight for part in sampler.parts(x.shape[:1], key)],
+                jax.random.key(0),
+            )
+        except ValueError:
+            return "no spatial axes to sample from"
+    return ""
+
+
 def obstacle(
     product: Product | None, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
 ) -> str:
@@ -275,18 +291,3 @@ def obstacle(
         if any(not part.windows for part in parts):
             return "so small that the sampler measures all of it"
     return ""
-
-
-def unfit(sampler: Sampler, x: jax.Array, axis: Any) -> bool:
-    """Whether the input has no spatial axes, and the sampler needs some."""
-    features = 1 if isinstance(axis, int) else len(axis)
-    if x.ndim - features != 1:
-        return False
-    try:
-        jax.eval_shape(
-            lambda key: [part.weight for part in sampler.parts((x.shape[0],), key)],
-            jax.random.key(0),
-        )
-    except ValueError:
-        return True
-    return False

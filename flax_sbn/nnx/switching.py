@@ -266,12 +266,7 @@ class _Norm(BatchNorm):
     ) -> jax.Array:
         """Measures a sample, and folds if it can."""
         evaluate = evaluates(self, use_running_average)
-        reason = ""
-        if evaluate:
-            reason = switching.EVALUATED
-        elif switching.unfit(self.sampler, x, self.axis):
-            reason = "no spatial axes to sample from"
-        if reason:
+        if reason := switching.why_plain(self.sampler, x, self.axis, evaluate=evaluate):
             switching.note(self.path, "plain", reason=reason)
             return plain()
         product = switching.product_of(x)
