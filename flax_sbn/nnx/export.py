@@ -62,25 +62,23 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
                 f"in {type(wrapper).__name__}. Store the kernels that it makes, take it"
                 " off, and fold then."
             )
-    unfolded = [(layer._linear, layer) for layer in layers if layer.norm is not None]
-    if len({id(linear.kernel) for linear, _ in unfolded}) < len(unfolded):
+    unfolded = [layer for layer in layers if layer.norm is not None]
+    if len({id(layer._linear.kernel) for layer in unfolded}) < len(unfolded):
         raise ValueError(
             "Expected a kernel for each norm, got layers that share one. Give each "
             "layer a copy, and fold then."
         )
-    for linear, _ in unfolded:
+    for layer in unfolded:
+        linear, norm = layer._linear, layer.norm
         if not computes_as_flax(linear):
             raise ValueError(
                 "Expected Flax's own layer without a bias before a norm, got "
                 f"{type(linear).__name__}. Merge what it adds into its kernel, and a "
                 "bias into the norm's mean."
             )
-    for linear, layer in unfolded:
-        assert layer.norm is not None
-        affine, running = layer.norm._values()
-        epsilon = layer.norm.epsilon
-        kernel, bias = fold(linear.kernel[...], running, *affine, epsilon=epsilon)
-        linear.bias = _bias(bias, linear.kernel, layer.norm)
+        affine, running = norm._values()
+        kernel, bias = fold(linear.kernel[...], running, *affine, epsilon=norm.epsilon)
+        linear.bias = _bias(bias, linear.kernel, norm)
         linear.kernel = linear.kernel.replace(kernel)
         linear.use_bias = True
         layer.norm = nnx.data(None)
