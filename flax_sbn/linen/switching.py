@@ -150,11 +150,13 @@ def switch_report(
     rngs = key if rngs is None else rngs
     initial = {"params": key, **rngs} if isinstance(rngs, Mapping) else rngs
 
-    init = functools.partial(model.init, initial, **kwargs)
-    apply = functools.partial(model.apply, mutable=True, rngs=rngs, **kwargs)
-    variables = jax.eval_shape(init, *args)
+    def run(*args: Any) -> None:
+        variables = model.init(initial, *args, **kwargs)
+        found.clear()  # what was applied in `init`
+        model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
+
     with switching.reporting() as found:
-        jax.eval_shape(apply, variables, *args)
+        jax.eval_shape(run, *args)
     relus = [
         f"{type(model).__name__}.{field.name}"
         for field in dataclasses.fields(model)
