@@ -287,29 +287,23 @@ class _Interceptor:
         switching.check_copy(module, "flax.linen.BatchNorm")
         if module.is_initializing():
             return plain()
-        path, options = module.path, self.options
-        sampler = options.sampler
+        options = self.options
         ours = BatchNorm(
             **shared_options(module, nn.BatchNorm),
-            sampler=sampler,
+            sampler=options.sampler,
             running_weight=options.running_weight,
             rng_collection=options.rng_collection,
             parent=module.scope,
         )
         evaluate = evaluates(module.use_running_average, use_running_average)
-        if reason := switching.why_plain(sampler, x, ours.axis, evaluate=evaluate):
-            switching.note(path, "plain", reason=reason)
+        known = module.path, x, ours.axis, options.sampler
+        if switching.stays_plain(*known, evaluate):
             return plain()
-        features = feature_shape(x.shape, ours.axis)
-        product = switching.product_of(x)
-        why_not = switching.obstacle(product, x, ours.axis, sampler, options.fold)
-        norm: switching.Norm
-        if why_not or product is None:
-            switching.note(path, "sampled", reason=why_not)
-            norm = functools.partial(batch_norm, x, axis=ours.axis)
-        else:
-            switching.note(path, "folded", layer=product.path)
+        product = switching.layer_to_fold(*known, options.fold)
+        norm: switching.Norm = functools.partial(batch_norm, x, axis=ours.axis)
+        if product is not None:
             norm = product.norm
+        features = feature_shape(x.shape, ours.axis)
         y, _ = ours._step(norm, *ours._values(features), mask)
         return y
 

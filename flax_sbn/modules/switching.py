@@ -107,7 +107,7 @@ def reporting() -> Iterator[list[SwitchedNorm]]:
         _report.reset(token)
 
 
-def note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None:
+def _note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None:
     """Adds to the report, if one is wanted."""
     norms = _report.get()
     if norms is not None:
@@ -193,7 +193,7 @@ class Product:
 
         ``promoted`` are further arrays with which an unfolded norm promotes its input.
         """
-        assert self.fold is not None  # that was an obstacle
+        assert self.fold is not None  # or it is sampled
         # Only the mean sees a bias before a norm.
         shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
         y, statistics = self.fold(
@@ -240,12 +240,6 @@ def remember(
     _products[key] = forgets, product
 
 
-def product_of(y: jax.Array) -> Product | None:
-    """Returns how a linear layer made an array, if one did."""
-    reference, product = _products.get(id(y), (None, None))
-    return product if reference is not None and reference() is y else None
-
-
 def _is_traced(x: Any) -> bool:
     """Whether a program is made of what is computed, in which nothing is done twice."""
     while isinstance(x, jax.core.Tracer):
@@ -256,10 +250,13 @@ def _is_traced(x: Any) -> bool:
     return False
 
 
-def why_plain(sampler: Sampler, x: jax.Array, axis: Any, *, evaluate: bool) -> str:
-    """Returns why a norm of input ``x`` stays as it is; empty if it is sampled."""
+def stays_plain(
+    path: Path, x: jax.Array, axis: Any, sampler: Sampler, evaluate: bool
+) -> bool:
+    """Whether a norm of input ``x`` stays as it is, which is then reported."""
     if evaluate:
-        return _EVALUATED
+        _note(path, "plain", reason=_EVALUATED)
+        return True
     features = 1 if isinstance(axis, int) else len(axis)
     if x.ndim - features == 1:  # does the sampler need spatial axes?
         try:
@@ -268,26 +265,34 @@ def why_plain(sampler: Sampler, x: jax.Array, axis: Any, *, evaluate: bool) -> s
                 jax.random.key(0),
             )
         except ValueError:
-            return "no spatial axes to sample from"
-    return ""
+            _note(path, "plain", reason="no spatial axes to sample from")
+            return True
+    return False
 
 
-def obstacle(
-    product: Product | None, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
-) -> str:
-    """Returns why a norm of input ``x`` cannot be folded; empty if it can be."""
+def layer_to_fold(
+    path: Path, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
+) -> Product | None:
+    """Returns the layer that a norm of input ``x`` folds into, if any; reports it."""
+    made = _products.get(id(x))
+    product = made[1] if made and made[0]() is x else None
+    reason = ""
     if not fold:
-        return "fold=False"
-    if not _is_traced(x):
-        return "not compiled: the layer before would run twice"
-    if product is None:
-        return "not directly after a convolution or dense layer"
-    if product.fold is None:
-        return "a class (..._cls) computes its layer"
-    if axis not in (-1, x.ndim - 1):
-        return "its features are not last"
-    if not needs_key(sampler):
+        reason = "fold=False"
+    elif not _is_traced(x):
+        reason = "not compiled: the layer before would run twice"
+    elif product is None:
+        reason = "not directly after a convolution or dense layer"
+    elif product.fold is None:
+        reason = "a class (..._cls) computes its layer"
+    elif axis not in (-1, x.ndim - 1):
+        reason = "its features are not last"
+    elif not needs_key(sampler):
         parts = sampled_parts(sampler, x.shape[:-1], None)
         if any(not part.windows for part in parts):
-            return "so small that the sampler measures all of it"
-    return ""
+            reason = "so small that the sampler measures all of it"
+    if reason or product is None:
+        _note(path, "sampled", reason=reason)
+        return None
+    _note(path, "folded", layer=product.path)
+    return product

@@ -266,16 +266,12 @@ class _Norm(BatchNorm):
     ) -> jax.Array:
         """Measures a sample, and folds if it can."""
         evaluate = evaluates(self, use_running_average)
-        if reason := switching.why_plain(self.sampler, x, self.axis, evaluate=evaluate):
-            switching.note(self.path, "plain", reason=reason)
+        known = self.path, x, self.axis, self.sampler
+        if switching.stays_plain(*known, evaluate):
             return plain()
-        product = switching.product_of(x)
-        fold = self.fold and self._folds()
-        why_not = switching.obstacle(product, x, self.axis, self.sampler, fold)
-        if why_not or product is None:
-            switching.note(self.path, "sampled", reason=why_not)
+        product = switching.layer_to_fold(*known, self.fold and self._folds())
+        if product is None:
             return super().__call__(x, use_running_average, mask=mask)
-        switching.note(self.path, "folded", layer=product.path)
         norm = functools.partial(product.norm, promoted=[self.mean[...]])
         y, _ = self._step(norm, *self._values(), mask)
         return y
