@@ -8,7 +8,6 @@ import jax
 from flax import linen as nn
 
 from flax_sbn.linear_layers import Extents, Padding
-from flax_sbn.linen.batch_norm import shared_options
 from flax_sbn.linen.linear_norm import LinearNorm
 
 
@@ -94,6 +93,9 @@ class ConvNorm(LinearNorm):
     Normalization Sampling", arXiv 1810.10962.
     """
 
+    linear_name = "conv"
+    linear_cls = nn.Conv
+
     features: int
     kernel_size: int | Sequence[int]
     strides: Extents = 1
@@ -104,12 +106,3 @@ class ConvNorm(LinearNorm):
     mask: jax.Array | None = None
     conv_general_dilated: Any = field(default=None, kw_only=True)
     conv_general_dilated_cls: Any = field(default=None, kw_only=True)
-
-    @nn.nowrap
-    def _linear(self, x: jax.Array) -> tuple[nn.Conv, tuple[int, ...]]:
-        options = shared_options(self, nn.Conv) | {"use_bias": self._has_bias("conv")}
-        conv = nn.Conv(**options, name="conv")
-        window = self.kernel_size
-        window = (window,) if isinstance(window, int) else tuple(window)
-        kernel_shape = (*window, x.shape[-1] // self.feature_group_count, self.features)
-        return conv, kernel_shape

@@ -3,10 +3,8 @@
 from dataclasses import field
 from typing import Any
 
-import jax
 from flax import linen as nn
 
-from flax_sbn.linen.batch_norm import shared_options
 from flax_sbn.linen.linear_norm import LinearNorm
 
 
@@ -54,11 +52,9 @@ class DenseNorm(LinearNorm):
     Normalization Sampling", arXiv 1810.10962.
     """
 
+    linear_name = "dense"
+    linear_cls = nn.Dense
+
     features: int
     dot_general: Any = field(default=None, kw_only=True)
     dot_general_cls: Any = field(default=None, kw_only=True)
-
-    @nn.nowrap
-    def _linear(self, x: jax.Array) -> tuple[nn.Dense, tuple[int, ...]]:
-        options = shared_options(self, nn.Dense) | {"use_bias": self._has_bias("dense")}
-        return nn.Dense(**options, name="dense"), (x.shape[-1], self.features)

@@ -1,5 +1,6 @@
 """Running statistics of a Linen model, measured anew over many batches."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -118,13 +119,15 @@ def estimate_statistics(
     }
 
     @jax.jit
-    def with_batch(
-        measured: dict[Path, Measured],
+    def step(
         variables: Any,
         stats: Any,
         rngs: Any,
+        measured: dict[Path, Measured],
         batch: Any,
+        number: int,
     ) -> dict[Path, Measured]:
+        rngs = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
         state = {(*path, _MEASURED): each for path, each in measured.items()}
         with nn.intercept_methods(_measure):
             _, updates = model.apply(
@@ -138,14 +141,9 @@ def estimate_statistics(
         updated = flatten_dict(updates[_STATS])
         return {path: updated[*path, _MEASURED] for path in measured}
 
-    def step(
-        measured: dict[Path, Measured], batch: Any, number: int
-    ) -> dict[Path, Measured]:
-        keys = jax.tree.map(lambda key: jax.random.fold_in(key, number), rngs)
-        return with_batch(measured, variables, stats, keys, batch)
-
     start = {path: nothing_measured(each) for path, each in running.items()}
-    measured = over_batches(step, start, batches)
+    with_given = functools.partial(step, variables, stats, rngs)
+    measured = over_batches(with_given, start, batches)
     for path, new in estimated(running, measured).items():
         stats[*path, "mean"], stats[*path, "var"] = new
     return {**variables, _STATS: nn.meta.replace_boxed(given, unflatten_dict(stats))}
@@ -172,6 +170,6 @@ def _measure(
     y = call(*args, **kwargs)
     if layer.get_variable(_STATS, _MEASURED) is not before:
         return y  # measured inside of the call, which is that of a derived class
-    measured = add_call(layer, args, kwargs, before, running)
+    measured = add_call(layer, before, running, *args, **kwargs)
     layer.put_variable(_STATS, _MEASURED, measured)
     return y

@@ -10,8 +10,7 @@ from flax import traverse_util
 
 from flax_sbn.folding import fold
 from flax_sbn.linen.as_stored import changed_variables, mark
-from flax_sbn.linen.conv_norm import ConvNorm
-from flax_sbn.linen.dense_norm import DenseNorm
+from flax_sbn.linen.linear_norm import LinearNorm
 from flax_sbn.modules.same_outputs import check_same_outputs
 from flax_sbn.statistics import Statistics
 from flax_sbn.xla.sharding import names_of_features
@@ -78,7 +77,7 @@ def fold_variables(
             boxed.pop(("params", *path, "norm", name), None)
             for name in ("scale", "bias")
         ]
-        linear = ("params", *path, _name(layer))
+        linear = ("params", *path, layer.linear_name)
         kernel = boxed[*linear, "kernel"]
         stack = _stack(path, jnp.shape(nn.meta.unbox(kernel)), kernel_shape)
         boxed[*linear, "kernel"], boxed[*linear, "bias"] = _folded(
@@ -86,33 +85,23 @@ def fold_variables(
         )
     folded = traverse_util.unflatten_dict(boxed)
     if example_inputs is not None:
-
-        def apply(variables: Any, *args: Any) -> Any:
-            return model.apply(variables, *args, **kwargs)
-
-        check_same_outputs(
-            functools.partial(apply, variables),
-            functools.partial(apply, folded),
-            example_inputs,
-        )
+        before = functools.partial(model.apply, variables, **kwargs)
+        after = functools.partial(model.apply, folded, **kwargs)
+        check_same_outputs(before, after, example_inputs)
     return folded
-
-
-def _name(layer: ConvNorm | DenseNorm) -> str:
-    return "conv" if isinstance(layer, ConvNorm) else "dense"
 
 
 def _layers(
     model: nn.Module, variables: Any, args: Any, kwargs: Any
-) -> dict[Path, tuple[ConvNorm | DenseNorm, tuple[int, ...]]]:
+) -> dict[Path, tuple[LinearNorm, tuple[int, ...]]]:
     """Returns the layers that fold, by their paths, and the shapes of their kernels."""
     layers = {}
 
     def note(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer, called = context.module, context.method_name == "__call__"
-        if called and isinstance(layer, ConvNorm | DenseNorm):
-            kernel = nn.meta.unbox(layer.variables["params"][_name(layer)]["kernel"])
-            layers[layer.path] = layer, kernel.shape
+        if called and isinstance(layer, LinearNorm):
+            linear = layer.variables["params"][layer.linear_name]
+            layers[layer.path] = layer, nn.meta.unbox(linear["kernel"]).shape
             mark(layer)
         return call(*args, **kwargs)
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import InitVar
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ class LinearNorm(nn.Module, kw_only=True):
     The attributes are documented there.
     """
 
+    linear_name: ClassVar[str]
+    linear_cls: ClassVar[type[nn.Conv | nn.Dense]]
+
     use_running_average: bool | None = None
     momentum: float = 0.99
     epsilon: float = 1e-5
@@ -69,13 +72,9 @@ class LinearNorm(nn.Module, kw_only=True):
         super().__post_init__()
 
     @nn.nowrap
-    def _has_bias(self, name: str) -> bool:
-        """Whether the submodule has a bias: its norm was folded into it for good.
-
-        Raises:
-          ValueError: if there is a norm as well.
-        """
-        variables = self.variables
+    def _has_bias(self) -> bool:
+        """Whether the linear layer has a bias: its norm was folded into it for good."""
+        variables, name = self.variables, self.linear_name
         if "bias" not in variables.get("params", {}).get(name, {}):
             return False
         if any("norm" in variables.get(of, {}) for of in ("params", "batch_stats")):
@@ -85,11 +84,6 @@ class LinearNorm(nn.Module, kw_only=True):
                 "norm/mean and leave it out."
             )
         return True
-
-    @nn.nowrap
-    def _linear(self, x: jax.Array) -> tuple[nn.Conv | nn.Dense, tuple[int, ...]]:
-        """Returns the linear layer for an input, and the shape of its kernel."""
-        raise NotImplementedError
 
     @nn.compact
     @_hint_at_conversion()
@@ -113,9 +107,11 @@ class LinearNorm(nn.Module, kw_only=True):
         Returns:
           ``(N, *spatial, features)``.
         """
-        linear, kernel_shape = self._linear(x)
+        has_bias = self._has_bias()
+        options = shared_options(self, self.linear_cls) | {"use_bias": has_bias}
+        linear = self.linear_cls(**options, name=self.linear_name)
         evaluate = evaluates(self.use_running_average, use_running_average)
-        if linear.use_bias:
+        if has_bias:
             if not evaluate:
                 raise ValueError(
                     "Expected use_running_average=True, got False with variables whose "
@@ -137,14 +133,16 @@ class LinearNorm(nn.Module, kw_only=True):
             return add_and_activate(y, residual, self.activation)
 
         assert linear.scope is not None
+        window = getattr(linear, "kernel_size", ())
+        window = (window,) if isinstance(window, int) else window
+        in_features = x.shape[-1] // getattr(linear, "feature_group_count", 1)
+        shape = (*window, in_features, linear.features)
         kernel = linear.scope.param(
-            "kernel", linear.kernel_init, kernel_shape, linear.param_dtype
+            "kernel", linear.kernel_init, shape, linear.param_dtype
         )
         kernel = masked_kernel(kernel, getattr(linear, "mask", None))
         fold = functools.partial(
             fold, x, kernel, residual=residual, activation=self.activation
         )
-        y, _ = norm._step(
-            fold, *norm._values(kernel_shape[-1:]), mask, evaluate=evaluate
-        )
+        y, _ = norm._step(fold, *norm._values(shape[-1:]), mask, evaluate=evaluate)
         return y

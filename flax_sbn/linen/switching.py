@@ -114,9 +114,7 @@ def sample_norms(
         fuse_relu,
         rng_collection,
     )
-    cls: Any = type(model)
-    switched: M = _switched(cls, options)(**_given(model))
-    return switched
+    return _rebuild(type(model), _given(model), options)
 
 
 def switch_report(
@@ -154,12 +152,11 @@ def switch_report(
 
     def run(*args: Any) -> None:
         variables = model.init(initial, *args, **kwargs)
-        with switching.reporting() as norms:
-            model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
-        found.extend(norms)
+        found.clear()  # what was applied in `init`
+        model.apply(variables, *args, mutable=True, rngs=rngs, **kwargs)
 
-    found: list[switching.SwitchedNorm] = []
-    jax.eval_shape(run, *args)
+    with switching.reporting() as found:
+        jax.eval_shape(run, *args)
     relus = [
         f"{type(model).__name__}.{field.name}"
         for field in dataclasses.fields(model)
@@ -290,31 +287,23 @@ class _Interceptor:
         switching.check_copy(module, "flax.linen.BatchNorm")
         if module.is_initializing():
             return plain()
-        path, options = module.path, self.options
-        if evaluates(module.use_running_average, use_running_average):
-            switching.note(path, "plain", reason=switching.EVALUATED)
-            return plain()
-        sampler = options.sampler
+        options = self.options
         ours = BatchNorm(
             **shared_options(module, nn.BatchNorm),
-            sampler=sampler,
+            sampler=options.sampler,
             running_weight=options.running_weight,
             rng_collection=options.rng_collection,
             parent=module.scope,
         )
-        if switching.unfit(sampler, x, ours.axis):
-            switching.note(path, "plain", reason="no spatial axes to sample from")
+        evaluate = evaluates(module.use_running_average, use_running_average)
+        known = module.path, x, ours.axis, options.sampler
+        if switching.stays_plain(*known, evaluate):
             return plain()
+        product = switching.layer_to_fold(*known, options.fold)
+        norm: switching.Norm = functools.partial(batch_norm, x, axis=ours.axis)
+        if product is not None:
+            norm = product.norm
         features = feature_shape(x.shape, ours.axis)
-        product = switching.product_of(x)
-        why_not = switching.obstacle(product, x, ours.axis, sampler, options.fold)
-        norm: switching.Norm
-        if why_not or product is None:
-            switching.note(path, "sampled", reason=why_not)
-            norm = functools.partial(batch_norm, x, axis=ours.axis)
-        else:
-            switching.note(path, "folded", layer=product.path)
-            norm = product.norm()
         y, _ = ours._step(norm, *ours._values(features), mask)
         return y
 

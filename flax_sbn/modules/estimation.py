@@ -48,15 +48,22 @@ def nothing_measured(running: Statistics) -> Measured:
 
 
 def add_call(
-    norm: Any, args: Any, kwargs: Any, before: Measured, running: Statistics
+    norm: Any,
+    before: Measured,
+    running: Statistics,
+    x: jax.Array,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.Array | None = None,
 ) -> Measured:
-    """Returns what all inputs so far amount to, given another call of a norm.
+    """Returns what all inputs so far amount to, given those of another call of a norm.
 
     Its input is measured as a whole, as ours measure (Flax's, mean and variance),
     unless it evaluates. Its running mean is the origin between devices.
     """
-    x, evaluate, mask = _arguments(*args, **kwargs)
-    if norm.use_running_average if evaluate is None else evaluate:
+    if use_running_average is None:
+        use_running_average = norm.use_running_average
+    if use_running_average:
         return before
     x = jnp.asarray(x)
     axes = reduction_axes(x.ndim, norm.axis)
@@ -67,38 +74,22 @@ def add_call(
     def added(
         x: jax.Array, mask: jax.Array | None, before: Measured, running: Statistics
     ) -> Measured:
-        moments = [measure(x, axes, mask, False)]
+        new = measure(x, axes, mask, False)
         if norm.axis_name is not None:
-            moments = pool_over_devices(
-                moments, norm.axis_name, norm.axis_index_groups, running.mean
+            [new] = pool_over_devices(
+                [new], norm.axis_name, norm.axis_index_groups, running.mean
             )
-        [new] = moments
         origin = jnp.where(before.moments.num > 0, before.origin, new.mean)
         new = new._replace(mean=new.mean - origin)
         return Measured(origin, pool_moments(before.moments, new))
 
-    measured: Measured = laid_out_by_xla(added, x, mask, before, running)
-    return measured
-
-
-def _arguments(
-    x: jax.Array,
-    use_running_average: bool | None = None,
-    *,
-    mask: jax.Array | None = None,
-) -> tuple[jax.Array, bool | None, jax.Array | None]:
-    return x, use_running_average, mask
+    return laid_out_by_xla(added, x, mask, before, running)
 
 
 def over_batches(
     step: Callable[[State, Any, int], State], state: State, batches: Iterable[Any]
 ) -> State:
-    """Returns the state after a step with each batch and its number.
-
-    Raises:
-      TypeError: if ``batches`` is an array.
-      ValueError: if there is no batch.
-    """
+    """Returns the state after a step with each batch and its number."""
     if isinstance(batches, jax.Array | np.ndarray):
         raise TypeError(
             f"Expected an iterable of batches, got an array of shape {batches.shape}. "
@@ -119,11 +110,7 @@ def over_batches(
 def estimated(
     running: Mapping[Path, Statistics], measured: Mapping[Path, Measured]
 ) -> dict[Path, Statistics]:
-    """Returns new running statistics, the old ones where nothing was measured.
-
-    Raises:
-      ValueError: if no norm was measured, or what was measured is not finite.
-    """
+    """Returns new running statistics, the old ones where nothing was measured."""
     on_host = jax.device_get([m.moments for m in measured.values()])
     if not any(np.any(m.num > 0) for m in on_host):
         raise ValueError(

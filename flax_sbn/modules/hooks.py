@@ -74,12 +74,8 @@ class Hooks:
     ) -> tuple[jax.Array, Statistics]:
         """Returns what ``norm`` does; in training also updates the running statistics.
 
-        Args:
-          norm: :func:`batch_norm` or :func:`conv_norm`, less scale, bias and options.
-          affine: scale and bias.
-          running: the running statistics.
-          mask: False is not measured.
-          evaluate: normalize with the running statistics.
+        ``norm`` is :func:`batch_norm` or :func:`conv_norm`, less scale and bias (in
+        ``affine``) and options.
         """
         options = {"epsilon": self.epsilon, "dtype": self.dtype}
         if evaluate:

@@ -10,11 +10,9 @@ import jax.numpy as jnp
 def check_same_outputs(
     before: Callable[..., Any], after: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> None:
-    """Compares the outputs of two functions, trees of arrays, to rounding.
+    """Raises a ValueError if outputs of two functions, trees of arrays, differ.
 
-    Raises:
-      ValueError: if outputs differ by more than the square root of their dtype's
-        precision, relative to the largest of them.
+    The square root of their dtype's precision, relative to the largest, is no error.
     """
     with jax.default_matmul_precision("highest"):
         pairs = zip(

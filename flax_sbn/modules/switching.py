@@ -11,7 +11,7 @@ import contextvars
 import dataclasses
 import io
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ Path = tuple[str, ...]
 # Whether a norm is switched, by its path and the module itself.
 Only = Callable[[Path, Any], bool]
 Norm = Callable[..., tuple[jax.Array, Statistics]]
-EVALUATED = "evaluated"  # why a norm stays plain
+_EVALUATED = "evaluated"
 
 
 class SwitchedNorm(NamedTuple):
@@ -107,7 +107,7 @@ def reporting() -> Iterator[list[SwitchedNorm]]:
         _report.reset(token)
 
 
-def note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None:
+def _note(norm: Path, treatment: str, layer: Path = (), reason: str = "") -> None:
     """Adds to the report, if one is wanted."""
     norms = _report.get()
     if norms is not None:
@@ -144,7 +144,7 @@ def report_on(
             f"{type(model).__name__} without a switched norm. Write "
             "switch_report(sample_norms(model), ...)."
         )
-    if all(norm.reason == EVALUATED for norm in found):
+    if all(norm.reason == _EVALUATED for norm in found):
         raise ValueError(
             f"Expected a call in training, got one in which all norms evaluate. {train}"
         )
@@ -159,13 +159,10 @@ def complain_of_no_norm(model: Any, what: str) -> ValueError:
     )
 
 
-# What a class of `norm_types` needs to have of Flax's BatchNorm.
-_NEEDED = ("momentum", "epsilon", "use_running_average")
-
-
 def check_copy(norm: Any, what: str, *needed: str) -> None:
     """Raises a TypeError if a class of `norm_types` lacks what is needed of it."""
-    if missing := [name for name in (*_NEEDED, *needed) if not hasattr(norm, name)]:
+    needed = ("momentum", "epsilon", "use_running_average", *needed)
+    if missing := [name for name in needed if not hasattr(norm, name)]:
         raise TypeError(
             f"Expected a class with {what}'s fields, got {type(norm).__name__} without "
             f"{', '.join(missing)}. Leave it out of `norm_types`."
@@ -174,53 +171,42 @@ def check_copy(norm: Any, what: str, *needed: str) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Product:
-    """The output of a linear layer, and what it was made of.
+    """The output of a linear layer, and what it was made of."""
 
-    Attributes:
-      path: of the layer.
-      x: its input.
-      kernel: ``(..., C)``, masked.
-      bias: ``(C,)`` or None.
-      fold: :func:`conv_norm` or :func:`dense_norm` with the layer's options; None if
-        there is no such function.
-      compute_dtype: that in which the layer computes.
-      dtype: that of its output.
-    """
+    path: Path  # of the layer
+    x: jax.Array  # its input
+    kernel: jax.Array  # (..., C), masked
+    bias: jax.Array | None  # (C,)
+    fold: Norm | None  # of `fold_like`
+    compute_dtype: Any  # that in which the layer computes
+    dtype: Any  # that of its output
 
-    path: Path
-    x: jax.Array
-    kernel: jax.Array
-    bias: jax.Array | None
-    fold: Norm | None
-    compute_dtype: Any
-    dtype: Any
-
-    def norm(self, *promoted: Any) -> Norm:
-        """Returns the layer with a norm in it, to call with the norm's options.
+    def norm(
+        self,
+        *affine: Any,
+        running: Statistics,
+        dtype: Any,
+        promoted: Sequence[jax.Array] = (),
+        **options: Any,
+    ) -> tuple[jax.Array, Statistics]:
+        """Computes the layer with a norm in it.
 
         ``promoted`` are further arrays with which an unfolded norm promotes its input.
         """
-        fold = self.fold
-        assert fold is not None  # that was an obstacle
-
-        def folded(
-            *affine: Any, running: Statistics, dtype: Any, **options: Any
-        ) -> tuple[jax.Array, Statistics]:
-            # Only the mean sees a bias before a norm.
-            shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
-            y, statistics = fold(
-                self.x,
-                self.kernel,
-                *affine,
-                running=running._replace(mean=running.mean - shift),
-                dtype=self.compute_dtype,
-                **options,
-            )
-            like = (*affine, *promoted, jnp.zeros((), self.dtype))
-            y = y.astype(canonicalize_dtype(*like, dtype=dtype))
-            return y, statistics._replace(mean=statistics.mean + shift)
-
-        return folded
+        assert self.fold is not None  # or it is sampled
+        # Only the mean sees a bias before a norm.
+        shift = 0 if self.bias is None else self.bias.astype(running.mean.dtype)
+        y, statistics = self.fold(
+            self.x,
+            self.kernel,
+            *affine,
+            running=running._replace(mean=running.mean - shift),
+            dtype=self.compute_dtype,
+            **options,
+        )
+        like = (*affine, *promoted, jnp.zeros((), self.dtype))
+        y = y.astype(canonicalize_dtype(*like, dtype=dtype))
+        return y, statistics._replace(mean=statistics.mean + shift)
 
 
 # By the identity of an output, as long as that lives.
@@ -254,12 +240,6 @@ def remember(
     _products[key] = forgets, product
 
 
-def product_of(y: jax.Array) -> Product | None:
-    """Returns how a linear layer made an array, if one did."""
-    reference, product = _products.get(id(y), (None, None))
-    return product if reference is not None and reference() is y else None
-
-
 def _is_traced(x: Any) -> bool:
     """Whether a program is made of what is computed, in which nothing is done twice."""
     while isinstance(x, jax.core.Tracer):
@@ -270,37 +250,49 @@ def _is_traced(x: Any) -> bool:
     return False
 
 
-def obstacle(
-    product: Product | None, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
-) -> str:
-    """Returns why a norm of input ``x`` cannot be folded; empty if it can be."""
+def stays_plain(
+    path: Path, x: jax.Array, axis: Any, sampler: Sampler, evaluate: bool
+) -> bool:
+    """Whether a norm of input ``x`` stays as it is, which is then reported."""
+    if evaluate:
+        _note(path, "plain", reason=_EVALUATED)
+        return True
+    features = 1 if isinstance(axis, int) else len(axis)
+    if x.ndim - features == 1:  # does the sampler need spatial axes?
+        try:
+            jax.eval_shape(
+                lambda key: [part.weight for part in sampler.parts(x.shape[:1], key)],
+                jax.random.key(0),
+            )
+        except ValueError:
+            _note(path, "plain", reason="no spatial axes to sample from")
+            return True
+    return False
+
+
+def layer_to_fold(
+    path: Path, x: jax.Array, axis: Any, sampler: Sampler, fold: bool
+) -> Product | None:
+    """Returns the layer that a norm of input ``x`` folds into, if any; reports it."""
+    made = _products.get(id(x))
+    product = made[1] if made and made[0]() is x else None
+    reason = ""
     if not fold:
-        return "fold=False"
-    if not _is_traced(x):
-        return "not compiled: the layer before would run twice"
-    if product is None:
-        return "not directly after a convolution or dense layer"
-    if product.fold is None:
-        return "a class (..._cls) computes its layer"
-    if axis not in (-1, x.ndim - 1):
-        return "its features are not last"
-    if not needs_key(sampler):
+        reason = "fold=False"
+    elif not _is_traced(x):
+        reason = "not compiled: the layer before would run twice"
+    elif product is None:
+        reason = "not directly after a convolution or dense layer"
+    elif product.fold is None:
+        reason = "a class (..._cls) computes its layer"
+    elif axis not in (-1, x.ndim - 1):
+        reason = "its features are not last"
+    elif not needs_key(sampler):
         parts = sampled_parts(sampler, x.shape[:-1], None)
         if any(not part.windows for part in parts):
-            return "so small that the sampler measures all of it"
-    return ""
-
-
-def unfit(sampler: Sampler, x: jax.Array, axis: Any) -> bool:
-    """Whether the input has no spatial axes, and the sampler needs some."""
-    features = 1 if isinstance(axis, int) else len(axis)
-    if x.ndim - features != 1:
-        return False
-    try:
-        jax.eval_shape(
-            lambda key: [part.weight for part in sampler.parts((x.shape[0],), key)],
-            jax.random.key(0),
-        )
-    except ValueError:
-        return True
-    return False
+            reason = "so small that the sampler measures all of it"
+    if reason or product is None:
+        _note(path, "sampled", reason=reason)
+        return None
+    _note(path, "folded", layer=product.path)
+    return product

@@ -12,7 +12,7 @@ from flax_sbn.arguments import check_numbers
 from flax_sbn.modules.estimation import ALL_INPUTS
 from flax_sbn.modules.hooks import Hooks
 from flax_sbn.nnx import parameters
-from flax_sbn.nnx.keys import draw_key, fork_stream
+from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.nnx.modes import evaluates
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
@@ -137,7 +137,16 @@ class BatchNorm(nnx.BatchNorm, Hooks):
 
     def _key(self) -> jax.Array:
         """Draws a key for the sampler."""
-        return draw_key(self.rngs, self.rng_collection, str(self.sampler))
+        if self.rngs is None:
+            raise ValueError(
+                f"Expected an rng stream for {self.sampler}, got none in a layer that "
+                "was made for a sampler that draws nothing. Set both: "
+                "model.set_attributes(sbn.nnx.BatchNorm, sampler=sampler, "
+                "rngs=nnx.Rngs(0))."
+            )
+        if isinstance(self.rngs, nnx.Rngs):
+            return self.rngs[self.rng_collection]()
+        return self.rngs()
 
     def _folds(self) -> bool:
         """Whether the statistics are known before all of the input is."""

@@ -86,12 +86,7 @@ class ConvNorm(LinearNorm):
     ) -> None:
         conv, norm = split_options(options)
         self.conv = nnx.Conv(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            **conv,
-            rngs=rngs,
+            in_features, out_features, kernel_size, strides, **conv, rngs=rngs
         )
         self.norm = nnx.data(norm_cls(out_features, sampler=sampler, rngs=rngs, **norm))
         self.activation = fused(activation)

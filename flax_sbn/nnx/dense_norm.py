@@ -28,15 +28,11 @@ class DenseNorm(LinearNorm):
       sampler: which examples are measured in training; None measures all of them, and
         does not fold.
       activation: applied last, or None; see :class:`ConvNorm`.
-      norm_cls: the norm: :class:`BatchNorm`, or a class derived from it, such as
-        :class:`BatchRenorm`; set its other options with :func:`functools.partial`.
+      norm_cls: the norm; see :class:`ConvNorm`.
       rngs: keys for the parameters and, for samplers that draw, the stream
         ``'sampling'`` (or a default stream); see :class:`BatchNorm`.
-      **options: those of :class:`flax.nnx.Linear`, without a bias, and of
-        :class:`flax.nnx.BatchNorm`, but no ``axis`` and no ``promote_dtype``;
-        ``running_weight`` and ``rng_collection``, see :class:`BatchNorm`. Whether the
-        norm has a bias and a scale is ``norm_bias`` and ``norm_scale``: ``use_bias``
-        and ``use_scale`` are refused.
+      **options: those of :class:`flax.nnx.Linear`, without a bias, and of the norm; see
+        :class:`ConvNorm`.
 
     Raises:
       TypeError: if ``sampler`` is not a sampler, or an option is refused.

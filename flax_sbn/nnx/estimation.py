@@ -75,15 +75,13 @@ def estimate_statistics(
     call: Callable[..., Any] = method or type(measuring).__call__
 
     @jax.jit
-    def with_batch(state: Any, rest: Any, batch: Any) -> Any:
+    def step(rest: Any, state: Any, batch: Any, _: int) -> Any:
         measuring = nnx.merge(graph, state, rest)
         call(measuring, batch, *args, **kwargs)
         return nnx.state(measuring, _CHANGING)
 
-    def step(state: Any, batch: Any, _: int) -> Any:
-        return with_batch(state, rest, batch)
-
-    nnx.update(measuring, over_batches(step, state, batches))
+    state = over_batches(functools.partial(step, rest), state, batches)
+    nnx.update(measuring, state)
     layers = _norms(model)
     new = estimated(
         {path: _running(layer) for path, layer in layers.items()},
@@ -122,19 +120,16 @@ def _measuring(norm: Any) -> type:
     Measured is what the call of Flax's class or of ours gets: classes that are derived
     from them may be called otherwise.
     """
-    base = BatchNorm if issubclass(norm, BatchNorm) else nnx.BatchNorm
-    measuring = _measuring_base(base)
-    return measuring if norm is base else type("Measuring", (norm, measuring), {})
+    base: Any = BatchNorm if issubclass(norm, BatchNorm) else nnx.BatchNorm
+    if norm is not base:
+        return type("Measuring", (norm, _measuring(base)), {})
 
-
-@functools.cache
-def _measuring_base(base: Any) -> type:
     class Measuring(base):  # type: ignore[misc]
         def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
             running = _running(self)
             y: jax.Array = super().__call__(*args, **kwargs)
             before = self.all_inputs.get_value()
-            self.all_inputs.set_value(add_call(self, args, kwargs, before, running))
+            self.all_inputs.set_value(add_call(self, before, running, *args, **kwargs))
             return y
 
     return Measuring

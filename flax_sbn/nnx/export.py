@@ -8,9 +8,7 @@ from flax import nnx
 from flax_sbn.folding import fold
 from flax_sbn.modules.same_outputs import check_same_outputs
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.nnx.conv_norm import ConvNorm
-from flax_sbn.nnx.dense_norm import DenseNorm
-from flax_sbn.nnx.linear_norm import computes_as_flax
+from flax_sbn.nnx.linear_norm import LinearNorm, computes_as_flax
 from flax_sbn.xla.sharding import names_of_features
 
 M = TypeVar("M", bound=nnx.Module)
@@ -51,39 +49,37 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
     1712.05877.
     """
     copy = nnx.clone(model)
-    layers = _layers(copy)
+    layers = _modules(copy, LinearNorm)
     if not layers:
         raise ValueError(
             f"Expected a model with ConvNorm or DenseNorm layers, got {type(model)}. "
             "BatchNorm layers have no convolution to fold into."
         )
     for wrapper in _modules(copy, nnx.WeightNorm, nnx.SpectralNorm):
-        if _layers(wrapper):
+        if _modules(wrapper, LinearNorm):
             raise ValueError(
                 "Expected layers that see their kernels as they are stored, got layers "
                 f"in {type(wrapper).__name__}. Store the kernels that it makes, take it"
                 " off, and fold then."
             )
-    unfolded = [(_linear(layer), layer) for layer in layers if layer.norm is not None]
-    if len({id(linear.kernel) for linear, _ in unfolded}) < len(unfolded):
+    unfolded = [layer for layer in layers if layer.norm is not None]
+    if len({id(layer._linear.kernel) for layer in unfolded}) < len(unfolded):
         raise ValueError(
             "Expected a kernel for each norm, got layers that share one. Give each "
             "layer a copy, and fold then."
         )
-    for linear, _ in unfolded:
+    for layer in unfolded:
+        linear, norm = layer._linear, layer.norm
         if not computes_as_flax(linear):
             raise ValueError(
                 "Expected Flax's own layer without a bias before a norm, got "
                 f"{type(linear).__name__}. Merge what it adds into its kernel, and a "
                 "bias into the norm's mean."
             )
-    for linear, layer in unfolded:
-        assert layer.norm is not None
-        affine, running = layer.norm._values()
-        epsilon = layer.norm.epsilon
-        kernel, bias = fold(linear.kernel[...], running, *affine, epsilon=epsilon)
-        linear.bias = _bias(bias, linear.kernel, layer.norm)
-        linear.kernel = cast(nnx.Param[jax.Array], linear.kernel.replace(kernel))
+        affine, running = norm._values()
+        kernel, bias = fold(linear.kernel[...], running, *affine, epsilon=norm.epsilon)
+        linear.bias = _bias(bias, linear.kernel, norm)
+        linear.kernel = linear.kernel.replace(kernel)
         linear.use_bias = True
         layer.norm = nnx.data(None)
     if example_inputs is not None:
@@ -95,14 +91,6 @@ def fold_model(model: M, *, example_inputs: tuple[Any, ...] | None = None) -> M:
 
 def _modules(model: nnx.Module, *kinds: type[Any]) -> list[Any]:
     return [m for _, m in nnx.iter_modules(model) if isinstance(m, kinds)]
-
-
-def _layers(model: nnx.Module) -> list[ConvNorm | DenseNorm]:
-    return _modules(model, ConvNorm, DenseNorm)
-
-
-def _linear(layer: ConvNorm | DenseNorm) -> nnx.Conv | nnx.Linear:
-    return layer.conv if isinstance(layer, ConvNorm) else layer.dense
 
 
 def _bias(

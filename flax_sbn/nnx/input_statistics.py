@@ -72,24 +72,16 @@ class _Measured(nnx.Variable[Any]):
     """Statistics of a layer's input, None before its first call."""
 
 
-class _Linear(nnx.Linear):
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        _measure(self, inputs)
+class _Measuring(nnx.Module):
+    def __call__(self: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        before = self.measured.get_value()
+        self.measured.set_value(pool_inputs(before, input_statistics(inputs)))
         return super().__call__(inputs, *args, **kwargs)
 
 
-class _Conv(nnx.Conv):
-    def __call__(self, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        _measure(self, inputs)
-        return super().__call__(inputs, *args, **kwargs)
-
-
-_MEASURING: dict[type, type] = {nnx.Linear: _Linear, nnx.Conv: _Conv}
-
-
-def _measure(layer: Any, inputs: jax.Array) -> None:
-    before = layer.measured.get_value()
-    layer.measured.set_value(pool_inputs(before, input_statistics(inputs)))
+_MEASURING: dict[type, type] = {
+    base: type(base.__name__, (_Measuring, base), {}) for base in (nnx.Linear, nnx.Conv)
+}
 
 
 def _is_measured(module: Any) -> bool:

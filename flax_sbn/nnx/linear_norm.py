@@ -13,21 +13,11 @@ from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.modes import evaluates
 
-# Features are last, so `axis` is no option; `promote_dtype` has another form in each.
-_SAME_NAME = (
-    set(inspect.signature(nnx.BatchNorm.__init__).parameters)
-    | {"running_weight", "rng_collection"}
-) - {
-    "self",
-    "num_features",
-    "axis",
-    "promote_dtype",
-    "rngs",
-    "use_bias",
-    "use_scale",
-}
 # By the folded layer's name, the norm's.
-_NORM_OPTIONS = {name: name for name in _SAME_NAME} | {
+_NORM_OPTIONS = {
+    **{name: name for name in inspect.signature(nnx.BatchNorm.__init__).parameters},
+    "running_weight": "running_weight",
+    "rng_collection": "rng_collection",
     "norm_bias": "use_bias",
     "norm_scale": "use_scale",
 }
@@ -35,25 +25,22 @@ _NORM_OPTIONS = {name: name for name in _SAME_NAME} | {
 
 def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the options of the linear layer and those of the norm."""
-    refuse_options(use_bias=options.get("use_bias"), use_scale=options.get("use_scale"))
+    refused = {name: options.pop(name, None) for name in ("use_bias", "use_scale")}
+    refuse_options(**refused)
     for name in ("axis", "promote_dtype"):
         if name in options:
             raise TypeError(
                 f"Expected options of a layer that folds, got {name}. Features are "
                 "last, and the fold decides where it rounds; take Conv and BatchNorm."
             )
-    norm = {
-        _NORM_OPTIONS[name]: value
-        for name, value in options.items()
-        if name in _NORM_OPTIONS
-    }
-    shared = ("dtype", "param_dtype")
-    linear = {
-        name: value
-        for name, value in options.items()
-        if name in shared or name not in _NORM_OPTIONS
-    }
-    return {**linear, "use_bias": False}, norm
+    linear: dict[str, Any] = {"use_bias": False}
+    norm: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in _NORM_OPTIONS:
+            norm[_NORM_OPTIONS[name]] = value
+        if name not in _NORM_OPTIONS or name in ("dtype", "param_dtype"):
+            linear[name] = value
+    return linear, norm
 
 
 FLAX_CALLS = (nnx.Conv.__call__, nnx.Linear.__call__)
@@ -80,6 +67,10 @@ class LinearNorm(nnx.Module):
     norm: BatchNorm | None
     activation: Activation | None
 
+    @property
+    def _linear(self) -> Any:
+        return getattr(self, self.linear_name)
+
     def __call__(
         self,
         x: jax.Array,
@@ -101,8 +92,7 @@ class LinearNorm(nnx.Module):
         Returns:
           ``(N, *spatial, C)``.
         """
-        linear, norm = getattr(self, self.linear_name), self.norm
-        activation = self.activation
+        linear, norm, activation = self._linear, self.norm, self.activation
         check_input_features(x, linear.in_features)
         if norm is None:
             return add_and_activate(linear(x), residual, activation)

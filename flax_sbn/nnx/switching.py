@@ -169,12 +169,10 @@ def switch_report(
     graph, state = nnx.split(model)
 
     def run(state: Any, *args: Any) -> None:
-        with switching.reporting() as norms:
-            nnx.merge(graph, state)(*args, **kwargs)
-        found.extend(norms)
+        nnx.merge(graph, state)(*args, **kwargs)
 
-    found: list[switching.SwitchedNorm] = []
-    jax.eval_shape(run, state, *args)
+    with switching.reporting() as found:
+        jax.eval_shape(run, state, *args)
     relus = [
         switching.written((*path, name))
         for path, module in _modules(model)
@@ -192,11 +190,8 @@ def switch_report(
 
 def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
     """Yields paths and modules, each module once."""
-    seen = set()
     for path, module in nnx.iter_modules(model):
-        if id(module) not in seen:
-            seen.add(id(module))
-            yield tuple(map(str, path)), module
+        yield tuple(map(str, path)), module
 
 
 def _is_norm(module: nnx.Module, norm_types: tuple[type, ...]) -> bool:
@@ -271,20 +266,12 @@ class _Norm(BatchNorm):
     ) -> jax.Array:
         """Measures a sample, and folds if it can."""
         evaluate = evaluates(self, use_running_average)
-        reason = ""
-        if evaluate:
-            reason = switching.EVALUATED
-        elif switching.unfit(self.sampler, x, self.axis):
-            reason = "no spatial axes to sample from"
-        if reason:
-            switching.note(self.path, "plain", reason=reason)
+        known = self.path, x, self.axis, self.sampler
+        if switching.stays_plain(*known, evaluate):
             return plain()
-        product = switching.product_of(x)
-        fold = self.fold and self._folds()
-        why_not = switching.obstacle(product, x, self.axis, self.sampler, fold)
-        if why_not or product is None:
-            switching.note(self.path, "sampled", reason=why_not)
+        product = switching.layer_to_fold(*known, self.fold and self._folds())
+        if product is None:
             return super().__call__(x, use_running_average, mask=mask)
-        switching.note(self.path, "folded", layer=product.path)
-        y, _ = self._step(product.norm(self.mean[...]), *self._values(), mask)
+        norm = functools.partial(product.norm, promoted=[self.mean[...]])
+        y, _ = self._step(norm, *self._values(), mask)
         return y
