@@ -208,8 +208,7 @@ class Measurement:
             parts = how.parts(tuple(x.shape[a] for a in axes))
             return how.statistics(parts, [part.take(x, axes) for part in parts], axes)
 
-        statistics: Statistics = laid_out_by_xla(measured, x, whole.arrays)
-        return statistics
+        return laid_out_by_xla(measured, x, whole.arrays)
 
     def masking(self, shape: tuple[int, ...]) -> Self:
         """Returns the same with a mask of the given shape, if there is one."""
@@ -236,10 +235,7 @@ class Measurement:
         if self.axis_name is not None:
             origin = 0.0 if self.running is None else self.running.mean
             moments = pool_over_devices(
-                moments,
-                self.axis_name,
-                self.axis_index_groups,
-                origin,
+                moments, self.axis_name, self.axis_index_groups, origin
             )
         statistics = [Statistics(mean, var) for _, mean, var in moments]
         if self.mask is None:
