@@ -162,22 +162,25 @@ class Convolution(Linear):
     def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
     ) -> tuple[jax.Array, Self]:
+        here = self
         cut = [i for i, n in enumerate(extent) if windows.sizes[i + 1] != n]
         starts: list[Start] = [windows.starts[0], *[0] * len(extent)]
         sizes = [windows.sizes[0], *x.shape[1:-1]]
-        if not cut:
-            return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), self
-        padding, dilation = self._pads(x), list(self.input_dilation)
-        x = self._dilated(x, cut)
-        sizes[1:] = x.shape[1:-1]
-        reach = self._reach(windows.sizes[1:])
-        for i in cut:
-            at = windows.starts[i + 1] * self.strides[i]
-            starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
-            padding[i], dilation[i] = (0, 0), 1
-        here = dataclasses.replace(
-            self, padding=tuple(padding), input_dilation=tuple(dilation)
-        )
+        if cut:
+            padding, dilation = self._pads(x), list(self.input_dilation)
+            gaps = [n - 1 if i in cut else 0 for i, n in enumerate(dilation)]
+            if any(gaps):
+                inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
+                x = lax.pad(x, jnp.zeros((), x.dtype), inner)
+            sizes[1:] = x.shape[1:-1]
+            reach = self._reach(windows.sizes[1:])
+            for i in cut:
+                at = windows.starts[i + 1] * self.strides[i]
+                starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
+                padding[i], dilation[i] = (0, 0), 1
+            here = dataclasses.replace(
+                self, padding=tuple(padding), input_dilation=tuple(dilation)
+            )
         return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), here
 
     def _pads(self, x: jax.Array) -> list[tuple[int, int]]:
@@ -196,14 +199,6 @@ class Convolution(Linear):
             )
         ]
 
-    def _dilated(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """Returns the input with the zeros of its dilation on some spatial axes."""
-        gaps = [n - 1 if i in axes else 0 for i, n in enumerate(self.input_dilation)]
-        if not any(gaps):
-            return x
-        inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
-        return lax.pad(x, jnp.zeros((), x.dtype), inner)
-
 
 def make_convolution(
     window: tuple[int, ...],
@@ -217,14 +212,9 @@ def make_convolution(
 ) -> Convolution:
     """Reads Flax's options and returns the convolution."""
     rank = len(window)
-    strides, input_dilation, kernel_dilation = (
-        _per_axis(name, value, rank)
-        for name, value in {
-            "strides": strides,
-            "input_dilation": input_dilation,
-            "kernel_dilation": kernel_dilation,
-        }.items()
-    )
+    strides = _per_axis("strides", strides, rank)
+    input_dilation = _per_axis("input_dilation", input_dilation, rank)
+    kernel_dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
     reach = [
         (size - 1) * dilation + 1
         for size, dilation in zip(window, kernel_dilation, strict=True)
@@ -249,7 +239,7 @@ def make_convolution(
     return Convolution(
         window,
         strides,
-        pads if isinstance(pads, str) else tuple((low, high) for low, high in pads),
+        pads if isinstance(pads, str) else tuple(pads),
         input_dilation,
         kernel_dilation,
         groups,
