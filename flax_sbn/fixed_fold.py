@@ -27,9 +27,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend import core
 
 from flax_sbn.moments import wide
@@ -120,8 +119,8 @@ def fixed_fold(
             tq = [(t + s).astype(t.dtype) for t, s in zip(tq, through, strict=True)]
 
         # Of the target times the factor, as the sample's is.
-        _, by_sample = along(tq, _zeros(constants))
-        _, by_constants = along(_zeros(values), tconstants)
+        _, by_sample = along(tq, zero_from_primal(constants))
+        _, by_constants = along(zero_from_primal(values), tconstants)
         tstatistics, _ = along(tz, tconstants)
         tmean, tvar = (
             s + factor * c for s, c in zip(by_sample, by_constants, strict=True)
@@ -161,19 +160,10 @@ def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Ar
 def _dense(primals: Any, tangents: Any) -> Any:
     """Returns tangents that are arrays, of which none is left out."""
     return jax.tree.map(
-        lambda x, t: _zeros(x) if isinstance(t, SymbolicZero) else t, primals, tangents
+        lambda x, t: zero_from_primal(x) if isinstance(t, SymbolicZero) else t,
+        primals,
+        tangents,
     )
-
-
-def _zeros(primals: Any) -> Any:
-    """Returns tangents that are zero."""
-
-    def zero(x: jax.Array) -> Any:
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.zeros_like(x)
-        return np.zeros(x.shape, jax.dtypes.float0)
-
-    return jax.tree.map(zero, primals)
 
 
 def _with_sample(
