@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,20 +201,16 @@ class Measurement:
     def measured(self, x: jax.Array, axis: Axis) -> Statistics:
         """Returns the statistics of ``x``."""
         axes = reduction_axes(x.ndim, axis)
-        whole = self.masking(x.shape)
+        arrays = self.arrays
+        if self.mask is not None:
+            arrays["mask"] = broadcast_mask(self.mask, x.shape)
 
         def measured(x: jax.Array, arrays: dict[str, Any]) -> Statistics:
             how = dataclasses.replace(self, **arrays)
             parts = how.parts(tuple(x.shape[a] for a in axes))
             return how.statistics(parts, [part.take(x, axes) for part in parts], axes)
 
-        return laid_out_by_xla(measured, x, whole.arrays)
-
-    def masking(self, shape: tuple[int, ...]) -> Self:
-        """Returns the same with a mask of the given shape, if there is one."""
-        if self.mask is None:
-            return self
-        return dataclasses.replace(self, mask=broadcast_mask(self.mask, shape))
+        return laid_out_by_xla(measured, x, arrays)
 
     def statistics(
         self, parts: Sequence[Part], values: Sequence[jax.Array], axes: tuple[int, ...]
