@@ -350,9 +350,7 @@ def update_running(
 
 def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
     """Returns ``updated``, or ``running`` where nothing was measured and it is NaN."""
-    return Statistics(
-        *(jnp.where(jnp.isnan(u), r, u) for u, r in zip(updated, running, strict=True))
-    )
+    return jax.tree.map(lambda u, r: jnp.where(jnp.isnan(u), r, u), updated, running)
 
 
 def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
