@@ -33,10 +33,6 @@ class Form:
     apply: Function
     transpose: Function
 
-    def transposed(self) -> "Form":
-        """Returns the transpose, whose own transpose is this function."""
-        return Form(self.transpose, self.apply)
-
 
 def linear(
     form: Form,
@@ -107,7 +103,8 @@ def _jvp(
 
 def _transpose(cts: Sequence[Any], *args: Any, **params: Any) -> list[Any]:
     n = params["num_constants"]
-    params["forms"] = tuple((p, form.transposed()) for p, form in params["forms"])
+    # Of which the transpose is the function again.
+    params["forms"] = tuple((p, Form(f.transpose, f.apply)) for p, f in params["forms"])
     given = _linear_p.bind(*args[:n], *map(ad.instantiate_zeros, cts), **params)
     gradients = [
         g if ad.is_undefined_primal(x) else None
@@ -127,15 +124,12 @@ def _batch(
         for a, d in zip(args[n:], dims[n:], strict=True)
     ]
 
-    def mapped(form: Form) -> Form:
-        return Form(
-            *(
-                lambda *a, f=f: jax.vmap(f, (*dims[:n], *[0] * (len(a) - n)))(*a)
-                for f in (form.apply, form.transpose)
-            )
-        )
+    def mapped(function: Function) -> Function:
+        return lambda *a: jax.vmap(function, (*dims[:n], *[0] * (len(a) - n)))(*a)
 
-    params["forms"] = tuple((p, mapped(form)) for p, form in params["forms"])
+    params["forms"] = tuple(
+        (p, Form(mapped(f.apply), mapped(f.transpose))) for p, f in params["forms"]
+    )
     results = _linear_p.bind(*args[:n], *xs, **params)
     return results, [0] * len(results)
 
