@@ -88,7 +88,14 @@ def fixed_fold(
 
     values = jax.eval_shape(read, x_type, kernel_type)
     call, hoisted = _hoisted(target, values, norm.arrays)
-    folded = jax.custom_jvp(functools.partial(layer.fold_at, parts, call))
+
+    @jax.custom_jvp
+    def folded(
+        constants: Any, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
+    ) -> tuple[jax.Array, Statistics]:
+        statistics, towards = call(read(x, kernel), *constants)
+        mean = layer.mean_below(parts, x)
+        return layer.apply(x, kernel, towards, mean, scale, bias), statistics
 
     def jvp(primals: Any, tangents: Any) -> Any:
         constants, x, kernel, scale, bias = primals
