@@ -87,13 +87,13 @@ def fixed_fold(
         return statistics, varying_like(x_type, given.target(statistics))
 
     values = jax.eval_shape(read, x_type, kernel_type)
-    call, hoisted = _hoisted(target, values, norm.arrays)
+    call, constants = _hoisted(target, values, norm.arrays)
 
     @jax.custom_jvp
     def folded(
         constants: Any, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
     ) -> tuple[jax.Array, Statistics]:
-        statistics, towards = call(read(x, kernel), *constants)
+        statistics, towards = call(read(x, kernel), constants)
         mean = layer.mean_below(parts, x)
         return layer.apply(x, kernel, towards, mean, scale, bias), statistics
 
@@ -108,9 +108,7 @@ def fixed_fold(
 
         # Once, as sums over devices are not merged afterwards.
         values = read(x, kernel)
-        (statistics, towards), along = jax.linearize(
-            lambda values, constants: call(values, *constants), values, constants
-        )
+        (statistics, towards), along = jax.linearize(call, values, constants)
         r = lax.rsqrt(towards.var + layer.epsilon)
         factor = r if scale is None else r * scale
         kernel_folded = scaled(kernel, factor)
@@ -146,22 +144,23 @@ def fixed_fold(
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
-    return functools.partial(folded, (hoisted, norm.arrays))
+    return functools.partial(folded, constants)
 
 
-def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:
-    """Returns a function that takes the arrays first that the given one closes over.
+def _hoisted(function: Callable[..., Any], first: Any, second: Any) -> tuple[Any, Any]:
+    """Returns a function that closes over no arrays: rules of differentiation may not.
 
-    And these arrays. Rules of differentiation may not close over any.
+    And its second argument: the given one, with the arrays that were closed over.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(first, second)
 
-    def call(first: Any, constants: list[jax.Array], *others: Any) -> Any:
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))
-        results = run(*jax.tree.leaves((first, *others)))
+    def call(first: Any, constants: tuple[list[jax.Array], Any]) -> Any:
+        hoisted, second = constants
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, hoisted))
+        results = run(*jax.tree.leaves((first, second)))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-    return call, closed.consts
+    return call, (closed.consts, second)
 
 
 def _dense(primals: Any, tangents: Any) -> Any:
