@@ -27,9 +27,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, zero_from_primal
 from jax.extend import core
 
 from flax_sbn.moments import wide
@@ -88,8 +87,15 @@ def fixed_fold(
         return statistics, varying_like(x_type, given.target(statistics))
 
     values = jax.eval_shape(read, x_type, kernel_type)
-    call, hoisted = _hoisted(target, values, norm.arrays)
-    folded = jax.custom_jvp(functools.partial(layer.fold_at, parts, call))
+    call, constants = _hoisted(target, values, norm.arrays)
+
+    @jax.custom_jvp
+    def folded(
+        constants: Any, x: jax.Array, kernel: jax.Array, scale: Any, bias: Any
+    ) -> tuple[jax.Array, Statistics]:
+        statistics, towards = call(read(x, kernel), constants)
+        mean = layer.mean_below(parts, x)
+        return layer.apply(x, kernel, towards, mean, scale, bias), statistics
 
     def jvp(primals: Any, tangents: Any) -> Any:
         constants, x, kernel, scale, bias = primals
@@ -102,9 +108,7 @@ def fixed_fold(
 
         # Once, as sums over devices are not merged afterwards.
         values = read(x, kernel)
-        (statistics, towards), along = jax.linearize(
-            lambda values, constants: call(values, *constants), values, constants
-        )
+        (statistics, towards), along = jax.linearize(call, values, constants)
         r = lax.rsqrt(towards.var + layer.epsilon)
         factor = r if scale is None else r * scale
         kernel_folded = scaled(kernel, factor)
@@ -120,8 +124,8 @@ def fixed_fold(
             tq = [(t + s).astype(t.dtype) for t, s in zip(tq, through, strict=True)]
 
         # Of the target times the factor, as the sample's is.
-        _, by_sample = along(tq, _zeros(constants))
-        _, by_constants = along(_zeros(values), tconstants)
+        _, by_sample = along(tq, zero_from_primal(constants))
+        _, by_constants = along(zero_from_primal(values), tconstants)
         tstatistics, _ = along(tz, tconstants)
         tmean, tvar = (
             s + factor * c for s, c in zip(by_sample, by_constants, strict=True)
@@ -140,40 +144,32 @@ def fixed_fold(
         return (y, statistics), (ty, tstatistics)
 
     folded.defjvp(jvp, symbolic_zeros=True)
-    return functools.partial(folded, (hoisted, norm.arrays))
+    return functools.partial(folded, constants)
 
 
-def _hoisted(function: Callable[..., Any], *args: Any) -> tuple[Any, list[jax.Array]]:
-    """Returns a function that takes the arrays first that the given one closes over.
+def _hoisted(function: Callable[..., Any], first: Any, second: Any) -> tuple[Any, Any]:
+    """Returns a function that closes over no arrays: rules of differentiation may not.
 
-    And these arrays. Rules of differentiation may not close over any.
+    And its second argument: the given one, with the arrays that were closed over.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(first, second)
 
-    def call(first: Any, constants: list[jax.Array], *others: Any) -> Any:
-        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, constants))
-        results = run(*jax.tree.leaves((first, *others)))
+    def call(first: Any, constants: tuple[list[jax.Array], Any]) -> Any:
+        hoisted, second = constants
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(closed.jaxpr, hoisted))
+        results = run(*jax.tree.leaves((first, second)))
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
-    return call, closed.consts
+    return call, (closed.consts, second)
 
 
 def _dense(primals: Any, tangents: Any) -> Any:
     """Returns tangents that are arrays, of which none is left out."""
     return jax.tree.map(
-        lambda x, t: _zeros(x) if isinstance(t, SymbolicZero) else t, primals, tangents
+        lambda x, t: zero_from_primal(x) if isinstance(t, SymbolicZero) else t,
+        primals,
+        tangents,
     )
-
-
-def _zeros(primals: Any) -> Any:
-    """Returns tangents that are zero."""
-
-    def zero(x: jax.Array) -> Any:
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return jnp.zeros_like(x)
-        return np.zeros(x.shape, jax.dtypes.float0)
-
-    return jax.tree.map(zero, primals)
 
 
 def _with_sample(

@@ -114,44 +114,41 @@ class Lattice:
     def take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
         """Returns the values at the positions, along the first of the spatial axes."""
         # Of slices JAX would make the sum of as many padded arrays.
-        take = functools.partial(self._take, axes=axes)
-        put = functools.partial(self._put, axes=axes, shape=x.shape)
-        [values] = linear(Form(lambda x: [take(x)], lambda v: [put(v)]), [], [x])
+        take = functools.partial(self._take, axes)
+        put = functools.partial(self._put, axes, x.shape)
+        [values] = linear(Form(take, put), [], [x])
         return values
 
-    def _take(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+    def _take(self, axes: Sequence[int], x: jax.Array) -> list[jax.Array]:
         blocks = []
         for position in self.positions:
             start, stop = [0] * x.ndim, list(x.shape)
             for axis, at in zip(axes[1:], position, strict=True):
                 start[axis], stop[axis] = at, at + 1
             blocks.append(lax.slice(x, start, stop))
-        return lax.concatenate(blocks, axes[1])
+        return [lax.concatenate(blocks, axes[1])]
 
     def _put(
-        self, values: jax.Array, axes: Sequence[int], shape: Sequence[int]
-    ) -> jax.Array:
-        spatial, first, rank = axes[1:], axes[1], len(self.cells)
-        before, after = shape[:first], values.shape[first + 1 :]
-        values = values.reshape(*before, *self.cells, 1, *after)
+        self, axes: Sequence[int], shape: Sequence[int], values: jax.Array
+    ) -> list[jax.Array]:
+        spatial, first = axes[1:], axes[1]
+        values = jnp.squeeze(values, spatial[1:])
+        before, after = values.shape[:first], values.shape[first + 1 :]
+        values = values.reshape(*before, *self.cells, *after)
+        values = jnp.moveaxis(values, range(first, first + len(spatial)), spatial)
         # Each spatial axis becomes two, which cell and where in it.
-        order, spread, whole = [], [], list(shape)
-        for axis, n in enumerate(shape):
-            if axis in spatial:
-                i = spatial.index(axis)
-                order.append(first + i)
-                spread.append(self.cells[i])
-                n = self.sides[i]
-                whole[axis] = self.cells[i] * n
-            order.append(axis if axis < first else axis + rank)
-            spread.append(n)
-        values = jnp.broadcast_to(values.transpose(order), spread).reshape(whole)
+        within = [axis + 1 + i for i, axis in enumerate(spatial)]
+        values = jnp.expand_dims(values, within)
+        spread, whole = list(values.shape), list(shape)
+        for axis, inner, side in zip(spatial, within, self.sides, strict=True):
+            spread[inner], whole[axis] = side, spread[inner - 1] * side
+        values = jnp.broadcast_to(values, spread).reshape(whole)
         values = lax.slice(values, [0] * len(shape), shape)
         here = np.zeros([shape[axis] for axis in spatial], bool)
         here[tuple(np.transpose(self.positions))] = True
         others = [axis for axis in range(len(shape)) if axis not in spatial]
         here = np.expand_dims(here, others)
-        return jnp.where(here, values, jnp.zeros((), values.dtype))
+        return [jnp.where(here, values, jnp.zeros((), values.dtype))]
 
 
 @functools.cache

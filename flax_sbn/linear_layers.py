@@ -21,7 +21,7 @@ from flax_sbn.windows import Part, Start, Windows
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
 # Flax's names of borders that are not zero, and those of `jnp.pad`.
-_BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+_BORDERS: dict[Any, str] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 class Linear(abc.ABC):
@@ -78,13 +78,13 @@ class Convolution(Linear):
     Attributes:
       window: extent of the kernel on each spatial axis, as are the following.
       strides: steps of the window.
-      padding: added before and after, negative numbers crop; or a name that jax knows.
+      padding: added before and after, negative numbers crop; or a name that JAX knows,
+        or that of a border.
       input_dilation: one more than the zeros between the input's positions.
       kernel_dilation: likewise of the kernel.
       groups: number of groups of features.
       precision: see :func:`jax.lax.conv_general_dilated`.
       function: what computes it.
-      border: what is added, a mode of :func:`jax.numpy.pad`; None for zeros.
     """
 
     window: tuple[int, ...]
@@ -95,7 +95,6 @@ class Convolution(Linear):
     groups: int
     precision: Any
     function: Callable[..., jax.Array]
-    border: str | None = None
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns the convolution."""
@@ -131,11 +130,11 @@ class Convolution(Linear):
 
     def _bordered(self, x: jax.Array) -> tuple[jax.Array, Self]:
         """Returns the input with a border that is not zero, and what to apply to it."""
-        if self.border is None:
+        mode = _BORDERS.get(self.padding)
+        if mode is None:
             return x, self
         pads = [(0, 0), *self._pads(x), (0, 0)]
-        none = dataclasses.replace(self, padding="VALID", border=None)
-        return jnp.pad(x, pads, mode=self.border), none
+        return jnp.pad(x, pads, mode=mode), dataclasses.replace(self, padding="VALID")
 
     def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:
         sizes = tuple(self._reach([1] * len(self.window)))
@@ -161,28 +160,33 @@ class Convolution(Linear):
     def _below_windows(
         self, x: jax.Array, windows: Windows, extent: Sequence[int]
     ) -> tuple[jax.Array, Self]:
+        here = self
         cut = [i for i, n in enumerate(extent) if windows.sizes[i + 1] != n]
         starts: list[Start] = [windows.starts[0], *[0] * len(extent)]
         sizes = [windows.sizes[0], *x.shape[1:-1]]
-        if not cut:
-            return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), self
-        padding, dilation = self._pads(x), list(self.input_dilation)
-        x = self._dilated(x, cut)
-        sizes[1:] = x.shape[1:-1]
-        reach = self._reach(windows.sizes[1:])
-        for i in cut:
-            at = windows.starts[i + 1] * self.strides[i]
-            starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
-            padding[i], dilation[i] = (0, 0), 1
-        here = dataclasses.replace(
-            self, padding=tuple(padding), input_dilation=tuple(dilation)
-        )
+        if cut:
+            padding, dilation = self._pads(x), list(self.input_dilation)
+            gaps = [n - 1 if i in cut else 0 for i, n in enumerate(dilation)]
+            if any(gaps):
+                inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
+                x = lax.pad(x, jnp.zeros((), x.dtype), inner)
+            sizes[1:] = x.shape[1:-1]
+            reach = self._reach(windows.sizes[1:])
+            for i in cut:
+                at = windows.starts[i + 1] * self.strides[i]
+                starts[i + 1], sizes[i + 1] = at - padding[i][0], reach[i]
+                padding[i], dilation[i] = (0, 0), 1
+            here = dataclasses.replace(
+                self, padding=tuple(padding), input_dilation=tuple(dilation)
+            )
         return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), here
 
     def _pads(self, x: jax.Array) -> list[tuple[int, int]]:
-        """Returns the zeros before and after each spatial axis of the input."""
+        """Returns what is added before and after each spatial axis of the input."""
         if isinstance(self.padding, str):
             reach = self._reach([1] * len(self.window))
+            if self.padding in _BORDERS:
+                return [((n - 1) // 2, n // 2) for n in reach]
             return lax.padtype_to_pads(x.shape[1:-1], reach, self.strides, self.padding)
         return list(self.padding)
 
@@ -194,14 +198,6 @@ class Convolution(Linear):
                 sizes, self.strides, self.window, self.kernel_dilation, strict=True
             )
         ]
-
-    def _dilated(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
-        """Returns the input with the zeros of its dilation on some spatial axes."""
-        gaps = [n - 1 if i in axes else 0 for i, n in enumerate(self.input_dilation)]
-        if not any(gaps):
-            return x
-        inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
-        return lax.pad(x, jnp.zeros((), x.dtype), inner)
 
 
 def make_convolution(
@@ -216,18 +212,9 @@ def make_convolution(
 ) -> Convolution:
     """Reads Flax's options and returns the convolution."""
     rank = len(window)
-    strides, input_dilation, kernel_dilation = (
-        _per_axis(name, value, rank)
-        for name, value in {
-            "strides": strides,
-            "input_dilation": input_dilation,
-            "kernel_dilation": kernel_dilation,
-        }.items()
-    )
-    reach = [
-        (size - 1) * dilation + 1
-        for size, dilation in zip(window, kernel_dilation, strict=True)
-    ]
+    strides = _per_axis("strides", strides, rank)
+    input_dilation = _per_axis("input_dilation", input_dilation, rank)
+    kernel_dilation = _per_axis("kernel_dilation", kernel_dilation, rank)
     pads = canonicalize_padding(padding, rank)
     if pads == "CAUSAL":
         if rank != 1:
@@ -235,26 +222,21 @@ def make_convolution(
                 f"Expected one spatial axis for padding='CAUSAL', got {rank} of them."
                 " Pad with explicit pairs instead."
             )
-        pads = [(reach[0] - 1, 0)]
+        pads = [((window[0] - 1) * kernel_dilation[0], 0)]
     if isinstance(pads, str) and any(n > 1 for n in input_dilation):
         raise ValueError(
             f"Expected explicit padding with {input_dilation=}, got {padding=}. "
             "Give a pair for each spatial axis."
         )
-    border = None
-    if isinstance(pads, str) and pads in _BORDERS:
-        border = _BORDERS[pads]
-        pads = [((n - 1) // 2, n // 2) for n in reach]
     return Convolution(
         window,
         strides,
-        pads if isinstance(pads, str) else tuple((low, high) for low, high in pads),
+        pads if isinstance(pads, str) else tuple(pads),
         input_dilation,
         kernel_dilation,
         groups,
         precision,
         function,
-        border,
     )
 
 

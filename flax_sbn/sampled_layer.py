@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -111,26 +111,6 @@ class Layer:
         statistics, mean = laid_out_by_xla(sampled, broad, narrow, norm.arrays)
         towards = varying_like(jax.typeof(x), norm.target(statistics))
         x = broad.astype(x.dtype)
-        return self.apply(x, kernel, towards, mean, scale, bias), statistics
-
-    def fold_at(
-        self,
-        parts: Sequence[Part],
-        target: Callable[..., tuple[Statistics, Statistics]],
-        constants: Sequence[Any],
-        x: jax.Array,
-        kernel: jax.Array,
-        scale: Any,
-        bias: Any,
-    ) -> tuple[jax.Array, Statistics]:
-        """Measures given parts; otherwise as :meth:`fold`.
-
-        ``target`` makes of their values and the constants the measured statistics and
-        those to normalize with.
-        """
-        values = self.read(parts, x, round_to(kernel, x.dtype))
-        statistics, towards = target(values, *constants)
-        mean = self.mean_below(parts, x)
         return self.apply(x, kernel, towards, mean, scale, bias), statistics
 
     def apply(

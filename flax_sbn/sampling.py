@@ -19,7 +19,7 @@ import numpy as np
 from jax import lax
 
 from flax_sbn.arguments import check_numbers, positive_ints
-from flax_sbn.windows import EVERYTHING, Part, Windows, random_tiles
+from flax_sbn.windows import EVERYTHING, Part, Start, Windows, random_tiles
 
 
 @runtime_checkable
@@ -146,8 +146,8 @@ class NaiveSampling:
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses the last ``num_samples`` images."""
-        images = stratum_images(shape[0], 1, num_samples=self.num_samples)
-        return (Part(1.0, (_images(shape, 1, images - self.num_samples, images),)),)
+        images, count = stratum_images(shape[0], 1, num_samples=self.num_samples)
+        return (Part(1.0, (_images(shape, 1, images - count, count),)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +192,11 @@ class BatchSampling:
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses a run of images at one random offset in every stratum."""
-        images = stratum_images(shape[0], self.strata, num_samples=self.num_samples)
-        size = self.num_samples // self.strata
+        strata = self.strata
+        images, count = stratum_images(shape[0], strata, num_samples=self.num_samples)
         assert key is not None
-        (start,) = random_tiles(key, [images], [size])
-        sizes = (size, *shape[1:])
-        starts = (start, *[0] * len(shape[1:]))
-        return (Part(1.0, (Windows(self.strata, starts, sizes),)),)
+        (start,) = random_tiles(key, [images], [count])
+        return (Part(1.0, (_images(shape, strata, start, count),)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,7 +334,7 @@ class CopySampling:
 
     def parts(self, shape: tuple[int, ...], key: jax.Array | None) -> tuple[Part, ...]:
         """Chooses an image of every run of copies."""
-        images, *extent = shape
+        images = shape[0]
         if images % self.num_copies:
             raise ValueError(
                 "Expected batch size divisible by num_copies, got "
@@ -348,8 +346,7 @@ class CopySampling:
         chosen = jax.random.bits(key, (runs,), jnp.uint32) % np.uint32(self.num_copies)
         # Not computed again by all that read it.
         start = lax.optimization_barrier(chosen.astype(jnp.int32))
-        starts = (start, *[0] * len(extent))
-        return (Part(1.0, (Windows(runs, starts, (1, *extent)),)),)
+        return (Part(1.0, (_images(shape, runs, start, 1),)),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,12 +391,10 @@ class VirtualSampling:
 
     def split(self, shape: tuple[int, ...]) -> tuple[Windows, Windows]:
         """Returns the windows of the real and of the virtual images."""
-        images = stratum_images(shape[0], self.strata, num_virtual=self.num_virtual)
-        border = images - self.num_virtual // self.strata
-        return (
-            _images(shape, self.strata, 0, border),
-            _images(shape, self.strata, border, images),
-        )
+        strata = self.strata
+        images, count = stratum_images(shape[0], strata, num_virtual=self.num_virtual)
+        real = images - count
+        return _images(shape, strata, 0, real), _images(shape, strata, real, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -482,8 +477,8 @@ class MixedSampling:
         )
 
 
-def stratum_images(images: int, strata: int, **sample: int) -> int:
-    """Returns the images of one of ``strata`` equal parts of a batch.
+def stratum_images(images: int, strata: int, **sample: int) -> tuple[int, int]:
+    """Returns the images of one of ``strata`` equal parts of a batch, and its sample.
 
     ``sample`` is the number of sampled images, under the name that the user knows.
 
@@ -502,7 +497,7 @@ def stratum_images(images: int, strata: int, **sample: int) -> int:
             f"Expected batch size and {name} divisible by strata, got {strata=}, "
             f"{name}={count} and batch size {images}. Choose strata that divide both."
         )
-    return images // strata
+    return images // strata, count // strata
 
 
 def check_known(sampler: Sampler, extent: Sequence[int]) -> None:
@@ -514,7 +509,7 @@ def check_known(sampler: Sampler, extent: Sequence[int]) -> None:
         )
 
 
-def _images(shape: tuple[int, ...], strata: int, start: int, stop: int) -> Windows:
-    """Returns images ``start`` to ``stop`` of every stratum, in their whole extent."""
+def _images(shape: tuple[int, ...], runs: int, start: Start, count: int) -> Windows:
+    """Returns ``count`` images of every run, in their whole extent."""
     spatial = shape[1:]
-    return Windows(strata, (start, *[0] * len(spatial)), (stop - start, *spatial))
+    return Windows(runs, (start, *[0] * len(spatial)), (count, *spatial))

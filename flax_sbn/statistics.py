@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -201,21 +201,16 @@ class Measurement:
     def measured(self, x: jax.Array, axis: Axis) -> Statistics:
         """Returns the statistics of ``x``."""
         axes = reduction_axes(x.ndim, axis)
-        whole = self.masking(x.shape)
+        arrays = self.arrays
+        if self.mask is not None:
+            arrays["mask"] = broadcast_mask(self.mask, x.shape)
 
         def measured(x: jax.Array, arrays: dict[str, Any]) -> Statistics:
             how = dataclasses.replace(self, **arrays)
             parts = how.parts(tuple(x.shape[a] for a in axes))
             return how.statistics(parts, [part.take(x, axes) for part in parts], axes)
 
-        statistics: Statistics = laid_out_by_xla(measured, x, whole.arrays)
-        return statistics
-
-    def masking(self, shape: tuple[int, ...]) -> Self:
-        """Returns the same with a mask of the given shape, if there is one."""
-        if self.mask is None:
-            return self
-        return dataclasses.replace(self, mask=broadcast_mask(self.mask, shape))
+        return laid_out_by_xla(measured, x, arrays)
 
     def statistics(
         self, parts: Sequence[Part], values: Sequence[jax.Array], axes: tuple[int, ...]
@@ -236,10 +231,7 @@ class Measurement:
         if self.axis_name is not None:
             origin = 0.0 if self.running is None else self.running.mean
             moments = pool_over_devices(
-                moments,
-                self.axis_name,
-                self.axis_index_groups,
-                origin,
+                moments, self.axis_name, self.axis_index_groups, origin
             )
         statistics = [Statistics(mean, var) for _, mean, var in moments]
         if self.mask is None:
@@ -358,9 +350,7 @@ def update_running(
 
 def keep_unmeasured(updated: Statistics, running: Statistics) -> Statistics:
     """Returns ``updated``, or ``running`` where nothing was measured and it is NaN."""
-    return Statistics(
-        *(jnp.where(jnp.isnan(u), r, u) for u, r in zip(updated, running, strict=True))
-    )
+    return jax.tree.map(lambda u, r: jnp.where(jnp.isnan(u), r, u), updated, running)
 
 
 def broadcast_mask(mask: ArrayLike, shape: tuple[int, ...]) -> jax.Array:

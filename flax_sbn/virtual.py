@@ -117,8 +117,7 @@ def append_virtual(x: ArrayLike, virtual: ArrayLike, strata: int = 1) -> jax.Arr
         parts = [a.reshape(strata, -1, *a.shape[1:]) for a in (x, virtual)]
         return jnp.concatenate(parts, axis=1).reshape(-1, *x.shape[1:])
 
-    y: jax.Array = laid_out_by_xla(appended, x, virtual.astype(x.dtype), like_x=True)
-    return y
+    return laid_out_by_xla(appended, x, virtual.astype(x.dtype), like_x=True)
 
 
 def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
@@ -148,7 +147,4 @@ def drop_virtual(y: ArrayLike, num_virtual: int, strata: int = 1) -> jax.Array:
     if num_virtual == 0:
         return y
     real, _ = VirtualSampling(num_virtual, strata).split(y.shape)
-    images: jax.Array = laid_out_by_xla(
-        lambda y: real.take(y, range(y.ndim)), y, like_x=True
-    )
-    return images
+    return laid_out_by_xla(lambda y: real.take(y, range(y.ndim)), y, like_x=True)

@@ -312,14 +312,13 @@ def _normalization(
     epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns mean and deviation, ``(*1, I, 1)``, and the factor ``q``."""
-    *fan_in, _ = kernel.shape
-    _check_fit(inputs, tuple(fan_in[-1:]), "the kernel")
+    _check_fit(inputs, kernel.shape[-2:-1], "the kernel")
     others = (*range(kernel.ndim - 2), kernel.ndim - 1)
     mean, var = (jnp.expand_dims(s, others) for s in (inputs.mean, inputs.var))
     if bias is None:
         var = var + mean**2
     var = var + relative_epsilon * var.max(initial=0.0) + epsilon
-    ratio = math.prod(fan_in) / jnp.maximum(inputs.num, 1)
+    ratio = math.prod(kernel.shape[:-1]) / jnp.maximum(inputs.num, 1)
     return mean, jnp.sqrt(var), jnp.sqrt(jnp.maximum(ratio, 1))
 
 

@@ -33,10 +33,6 @@ class Form:
     apply: Function
     transpose: Function
 
-    def transposed(self) -> "Form":
-        """Returns the transpose, whose own transpose is this function."""
-        return Form(self.transpose, self.apply)
-
 
 def linear(
     form: Form,
@@ -60,27 +56,28 @@ def linear(
       >>> jax.grad(lambda x: linear(Form(double, double), [], [x])[0] ** 2)(3.0)
       Array(24., dtype=float32, weak_type=True)
     """
-    return _linear_p.bind(
-        *constants,
-        *xs,
-        num_constants=len(constants),
-        form=form,
-        elsewhere=tuple(elsewhere.items()),
-    )
+    forms = ((None, form), *elsewhere.items())
+    return _linear_p.bind(*constants, *xs, num_constants=len(constants), forms=forms)
+
+
+def _apply(params: dict[str, Any], platform: str | None = None) -> Function:
+    """Returns the function, in the form for a platform; None for all others."""
+    forms: dict[str | None, Form] = dict(params["forms"])
+    return forms.get(platform, forms[None]).apply
 
 
 _linear_p = core.Primitive("linear")
 _linear_p.multiple_results = True
-_linear_p.def_impl(lambda *args, form, **_: form.apply(*args))
+_linear_p.def_impl(lambda *args, **params: _apply(params)(*args))
 _linear_p.def_abstract_eval(
-    lambda *avals, form, **_: jax.make_jaxpr(form.apply)(*avals).out_avals
+    lambda *avals, **params: jax.make_jaxpr(_apply(params))(*avals).out_avals
 )
 
 
 def _jvp(
     primals: Sequence[Any], tangents: Sequence[Any], **params: Any
 ) -> tuple[list[jax.Array], list[Any]]:
-    n, apply = params["num_constants"], params["form"].apply
+    n, apply = params["num_constants"], _apply(params)
     constants, xs = primals[:n], primals[n:]
     results = _linear_p.bind(*primals, **params)
     along = [ad.Zero(jax.typeof(result)) for result in results]
@@ -106,13 +103,9 @@ def _jvp(
 
 def _transpose(cts: Sequence[Any], *args: Any, **params: Any) -> list[Any]:
     n = params["num_constants"]
-    given = _linear_p.bind(
-        *args[:n],
-        *map(ad.instantiate_zeros, cts),
-        num_constants=n,
-        form=params["form"].transposed(),
-        elsewhere=tuple((p, form.transposed()) for p, form in params["elsewhere"]),
-    )
+    # Of which the transpose is the function again.
+    params["forms"] = tuple((p, Form(f.transpose, f.apply)) for p, f in params["forms"])
+    given = _linear_p.bind(*args[:n], *map(ad.instantiate_zeros, cts), **params)
     gradients = [
         g if ad.is_undefined_primal(x) else None
         for g, x in zip(given, args[n:], strict=True)
@@ -131,21 +124,13 @@ def _batch(
         for a, d in zip(args[n:], dims[n:], strict=True)
     ]
 
-    def mapped(form: Form) -> Form:
-        return Form(
-            *(
-                lambda *a, f=f: jax.vmap(f, (*dims[:n], *[0] * (len(a) - n)))(*a)
-                for f in (form.apply, form.transpose)
-            )
-        )
+    def mapped(function: Function) -> Function:
+        return lambda *a: jax.vmap(function, (*dims[:n], *[0] * (len(a) - n)))(*a)
 
-    results = _linear_p.bind(
-        *args[:n],
-        *xs,
-        num_constants=n,
-        form=mapped(params["form"]),
-        elsewhere=tuple((p, mapped(form)) for p, form in params["elsewhere"]),
+    params["forms"] = tuple(
+        (p, Form(mapped(f.apply), mapped(f.transpose))) for p, f in params["forms"]
     )
+    results = _linear_p.bind(*args[:n], *xs, **params)
     return results, [0] * len(results)
 
 
@@ -169,8 +154,8 @@ def _jet(
 def _lower(
     platform: str | None, ctx: mlir.LoweringRuleContext, *args: Any, **params: Any
 ) -> Any:
-    form = dict(params["elsewhere"]).get(platform, params["form"])
-    return mlir.lower_fun(form.apply, multiple_results=True)(ctx, *args)
+    apply = _apply(params, platform)
+    return mlir.lower_fun(apply, multiple_results=True)(ctx, *args)
 
 
 ad.primitive_jvps[_linear_p] = _jvp
