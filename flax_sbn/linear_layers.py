@@ -125,6 +125,12 @@ class Convolution(Linear):
                 x, here = here._below_lattice(x, selection)
             elif isinstance(selection, Windows):
                 x, here = here._below_windows(x, selection, extent)
+            else:
+                raise TypeError(
+                    "Expected a sampler that chooses Windows, got positions of type "
+                    f"{type(selection).__name__}, which do not say what of a "
+                    "convolution's input is below them. Use Conv and BatchNorm."
+                )
             extent = selection.sampled_shape((x.shape[0], *extent))[1:]
         return x, here
 

@@ -15,6 +15,21 @@ RESIDUAL = jnp.ones((8, 3, 2, 6))
 MOMENTS = sbn.Statistics(jnp.ones(3), jnp.ones(6))
 
 
+class Every:
+    """Positions that are neither windows nor a lattice, and their sampler."""
+
+    needs_key = False
+
+    def parts(self, shape, key):
+        return (sbn.Part(1.0, (self,)),)
+
+    def sampled_shape(self, shape):
+        return shape
+
+    def take(self, x, axes):
+        return x
+
+
 def conv(window=(3, 3), features=6, **options):
     kernel = jnp.ones((*window, 3, features))
     options = {"sampler": NS, **options}
@@ -57,6 +72,10 @@ def fold(num_mean=6, num_var=6, **options):
 ERRORS = {
     # samplers
     "sampler": (MAPS, conv(sampler=4), TypeError, "sampler=4", "BatchSampling(8)"),
+    "positions": (
+        *(MAPS, conv(sampler=Every()), TypeError),
+        *("of type Every", "Use Conv and BatchNorm"),
+    ),
     "dense-sampler": (
         FLAT,
         dense(sampler=sbn.NaiveSampling),

@@ -11,9 +11,7 @@ from flax_sbn.alternatives.ghost import ghost_batch_norm
 from flax_sbn.arguments import check_numbers
 from flax_sbn.modules.estimation import ALL_INPUTS
 from flax_sbn.modules.hooks import Hooks
-from flax_sbn.nnx import parameters
-from flax_sbn.nnx.keys import fork_stream
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import evaluates, fork_stream, scale_and_bias
 from flax_sbn.sampling import Sampler, needs_key
 from flax_sbn.statistics import Statistics, keep_unmeasured, reduction_axes
 
@@ -155,7 +153,7 @@ class BatchNorm(nnx.BatchNorm, Hooks):
 
     def _values(self) -> tuple[Any, Statistics]:
         """Returns scale and bias, None where there is none; the running statistics."""
-        return parameters.values(self.scale, self.bias), self._running()
+        return scale_and_bias(self), self._running()
 
     def _running(self) -> Statistics:
         """Returns the running statistics."""

@@ -11,12 +11,11 @@ from flax_sbn.alternatives.batchless import (
     batchless_nll,
     batchless_norm,
 )
-from flax_sbn.nnx import parameters
 from flax_sbn.nnx.loss import sow_loss
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import Normalizer, evaluates, scale_and_bias
 
 
-class BatchlessNorm(parameters.Normalizer):
+class BatchlessNorm(Normalizer):
     r"""Normalization with a mean and a scale that are parameters.
 
     .. math::
@@ -95,7 +94,7 @@ class BatchlessNorm(parameters.Normalizer):
         if not (evaluate or self.initializing):
             nll = batchless_nll(x, mean, log_scale, mask=mask, **options)
             sow_loss(self, "nll", nll)
-        affine = parameters.values(self.scale, self.bias)
+        affine = scale_and_bias(self)
         return batchless_norm(x, mean, log_scale, *affine, dtype=self.dtype, **options)
 
 

@@ -10,10 +10,10 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from flax_sbn.alternatives.filter_response import filter_response_norm, tlu
-from flax_sbn.nnx import parameters
+from flax_sbn.nnx.variables import Normalizer, scale_and_bias
 
 
-class FilterResponseNorm(parameters.Normalizer):
+class FilterResponseNorm(Normalizer):
     r"""Filter response normalization: each feature map by its root mean square.
 
     .. math::
@@ -73,7 +73,7 @@ class FilterResponseNorm(parameters.Normalizer):
         epsilon = self.epsilon
         return filter_response_norm(
             x,
-            *parameters.values(self.scale, self.bias),
+            *scale_and_bias(self),
             axis=self.axis,
             epsilon=epsilon[...] if isinstance(epsilon, nnx.Param) else epsilon,
             dtype=self.dtype,

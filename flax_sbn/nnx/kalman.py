@@ -8,8 +8,7 @@ from flax import nnx
 from flax_sbn.activation import Activation, relu
 from flax_sbn.alternatives.kalman import KalmanHooks
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.nnx.keys import fork_stream
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import evaluates, fork_stream
 from flax_sbn.statistics import Statistics
 
 

@@ -11,7 +11,7 @@ from flax_sbn.activation import Activation, add_and_activate
 from flax_sbn.folding import check_input_features, fold_like, refuse_options
 from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.nnx.batch_norm import BatchNorm
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import evaluates
 
 # By the folded layer's name, the norm's.
 _NORM_OPTIONS = {

@@ -6,11 +6,10 @@ import jax
 from flax import nnx
 
 from flax_sbn.alternatives.mixture import Mixture, MixtureHooks, initial_mixture
-from flax_sbn.nnx import parameters
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import Normalizer, evaluates, scale_and_bias
 
 
-class MixtureNorm(MixtureHooks, parameters.Normalizer):
+class MixtureNorm(MixtureHooks, Normalizer):
     r"""Normalizes by the modes of the batch: a mixture of normal distributions.
 
     .. math::
@@ -80,7 +79,7 @@ class MixtureNorm(MixtureHooks, parameters.Normalizer):
     ) -> jax.Array:
         """Normalizes ``x``; as :class:`BatchNorm`, with masks ``(N, *spatial, 1)``."""
         evaluate = evaluates(self, use_running_average)
-        affine = parameters.values(self.scale, self.bias)
+        affine = scale_and_bias(self)
         state = (self.step, self.weight, self.mean, self.var)
         running = Mixture(*(variable[...] for variable in state))
         y, updated = self._normalize(x, running, affine, mask, evaluate=evaluate)

@@ -12,8 +12,7 @@ from flax_sbn.alternatives.moving_average import (
     center_kernel,
     moving_averages,
 )
-from flax_sbn.nnx import parameters
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import Normalizer, evaluates, scale_and_bias, with_kernel
 
 # Not captured or tabulated a second time; see BatchNorm.
 _conv_call = nnx.Conv.__call__
@@ -33,7 +32,7 @@ class OverwriteWithGradient(nnx.Variable[Any]):
     """
 
 
-class MovingAverageBatchNorm(MovingAverageHooks, parameters.Normalizer):
+class MovingAverageBatchNorm(MovingAverageHooks, Normalizer):
     r"""Batch norm for micro-batches: averages over the last steps, in both directions.
 
     .. math::
@@ -118,7 +117,7 @@ class MovingAverageBatchNorm(MovingAverageHooks, parameters.Normalizer):
     ) -> jax.Array:
         """Normalizes ``x``; called as :class:`BatchNorm`, without a mask."""
         evaluate = evaluates(self, use_running_average)
-        affine = parameters.values(self.scale, self.bias)
+        affine = scale_and_bias(self)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])
         y, updated = self._normalize(
             x, running, self.psi[...], affine, evaluate=evaluate
@@ -158,5 +157,5 @@ class CenteredConv(nnx.Conv):
     def __call__(self, inputs: jax.Array, *args: Any, **options: Any) -> jax.Array:
         """Applies the layer to ``(N, *spatial, I)``, as :class:`flax.nnx.Conv`."""
         kernel = center_kernel(self.kernel[...], mask=self.mask)
-        layer = parameters.with_kernel(self, kernel)
+        layer = with_kernel(self, kernel)
         return _conv_call(layer, inputs, *args, **options)

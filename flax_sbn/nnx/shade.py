@@ -5,7 +5,7 @@ from flax import nnx
 
 from flax_sbn.alternatives.entropy import shade, shade_init, shade_update
 from flax_sbn.nnx.loss import sow_loss
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import evaluates
 
 
 class Shade(nnx.Module):

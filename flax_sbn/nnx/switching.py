@@ -12,9 +12,8 @@ from flax_sbn.lattice import LatticeSampling
 from flax_sbn.modules import switching
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.input_statistics import set_class
-from flax_sbn.nnx.keys import fork_stream
 from flax_sbn.nnx.linear_norm import FLAX_CALLS
-from flax_sbn.nnx.modes import evaluates
+from flax_sbn.nnx.variables import evaluates, fork_stream
 from flax_sbn.sampling import Sampler, needs_key
 
 M = TypeVar("M", bound=nnx.Module)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from flax_sbn.alternatives.weight_standardization import standardize_kernel
-from flax_sbn.nnx.parameters import with_kernel
+from flax_sbn.nnx.variables import with_kernel
 
 # Not captured or tabulated a second time; see BatchNorm.
 _conv_call, _linear_call = nnx.Conv.__call__, nnx.Linear.__call__
