@@ -79,7 +79,10 @@ def sampled_parts(
         )
     try:
         parts = sampler.parts(shape, key)
-    except jax.errors.InconclusiveDimensionOperation as error:
+    except Exception as error:
+        # JAX's own class for what it cannot tell of a shape has no name in JAX 0.10.0.
+        if isinstance(error, ValueError) or all(isinstance(n, int) for n in shape):
+            raise
         raise ValueError(
             f"Expected a shape that is known to hold the sample of {sampler}, got "
             f"measured axes of {shape=}. Export with what is known of it, as by "
