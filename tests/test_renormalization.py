@@ -140,14 +140,14 @@ def test_the_weight_reduces_the_noise_of_a_sample():
 
 @pytest.mark.parametrize("mean", [0.0, 300.0, -300.0])
 @pytest.mark.parametrize("std", [0.01, 1.0, 1e3])
-def test_running_statistics_that_know_nothing_do_little_harm(mean, std):
-    x = mean + std * jax.random.normal(KEY, (32, 8, 8, 3))
+def test_running_statistics_that_know_nothing_do_little_harm(mean, std, x64):
+    x = mean + std * jax.random.normal(KEY, (32, 8, 8, 3), "float64")
     fresh = sbn.Statistics(jnp.zeros(3), jnp.ones(3))
     y, _ = sbn.batch_norm(x, running=fresh, running_weight=0.75)
     exact, _ = sbn.batch_norm(x)
     r = y.std((0, 1, 2)) / exact.std((0, 1, 2))
-    assert ((r > 1 / 3.01) & (r < 3.01)).all()
-    assert (abs(y.mean((0, 1, 2))) < 5.01).all()
+    assert ((r > 1 / 3.0001) & (r < 3.0001)).all()
+    assert (abs(y.mean((0, 1, 2))) < 5.0001).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])

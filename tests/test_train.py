@@ -350,7 +350,7 @@ def test_ctrl_c_before_any_result_leaves_nothing(tmp_path, monkeypatch, capsys) 
     with pytest.raises(KeyboardInterrupt):
         train.main(["--norm", "bn", "--out", str(out), *SMALL])
     assert not out.exists()
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().out.strip()
 
 
 def test_runs_that_diverged_are_marked_and_have_no_curve(tmp_path) -> None:
