@@ -148,9 +148,10 @@ def fixed_fold(
 
 
 def _hoisted(function: Callable[..., Any], first: Any, second: Any) -> tuple[Any, Any]:
-    """Returns a function that closes over no arrays: rules of differentiation may not.
+    """Returns the function and its second argument, with no arrays in the function.
 
-    And its second argument: the given one, with the arrays that were closed over.
+    Rules of differentiation may not close over any: those of ``function`` become part
+    of the second argument.
     """
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(first, second)
 

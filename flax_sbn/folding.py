@@ -23,8 +23,8 @@ from flax_sbn.fixed_fold import fixed_fold, fixed_fold_applies
 from flax_sbn.linear_layers import (
     Extents,
     Linear,
+    MatrixProduct,
     Padding,
-    Product,
     make_convolution,
 )
 from flax_sbn.moments import Measure
@@ -222,7 +222,7 @@ def conv_norm(
       The output, ``(N, *spatial, C)``, and the statistics, ``(C,)``.
 
     Raises:
-      TypeError: if ``sampler`` is not a sampler.
+      TypeError: if ``sampler`` is not a sampler, or chooses anything but windows.
       ValueError: if the sampler does not fit the output, its key is missing, or
         ``residual``, ``mask``, ``scale`` or ``bias`` does not fit it.
 
@@ -346,7 +346,7 @@ def dense_norm(
     check_input_features(x, kernel.shape[0])
     product = functools.partial(dot_general, precision=precision)
     return _linear_norm(
-        Product(product),
+        MatrixProduct(product),
         x,
         x.shape[:1],
         kernel,

@@ -21,7 +21,7 @@ from flax_sbn.windows import Part, Start, Windows
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
 # Flax's names of borders that are not zero, and those of `jnp.pad`.
-_BORDERS: dict[Any, str] = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+_BORDERS = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 
 
 class Linear(abc.ABC):
@@ -55,7 +55,7 @@ class Linear(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True)
-class Product(Linear):
+class MatrixProduct(Linear):
     """A matrix product, position by position."""
 
     function: Callable[..., jax.Array]
@@ -136,10 +136,9 @@ class Convolution(Linear):
 
     def _bordered(self, x: jax.Array) -> tuple[jax.Array, Self]:
         """Returns the input with a border that is not zero, and what to apply to it."""
-        mode = _BORDERS.get(self.padding)
-        if mode is None:
+        if not isinstance(self.padding, str) or self.padding not in _BORDERS:
             return x, self
-        pads = [(0, 0), *self._pads(x), (0, 0)]
+        pads, mode = [(0, 0), *self._pads(x), (0, 0)], _BORDERS[self.padding]
         return jnp.pad(x, pads, mode=mode), dataclasses.replace(self, padding="VALID")
 
     def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:

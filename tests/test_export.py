@@ -323,6 +323,14 @@ def test_a_model_without_folded_layers_is_named():
         sbn.nnx.fold_model(sbn.nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.parametrize("norm", ["BatchRenorm", "DiminishingBatchNorm"])
+def test_of_norms_that_count_steps_nothing_is_left(norm):
+    model, variables = trained(norm_cls=getattr(sbn.linen, norm))
+    assert "step" in variables["batch_stats"]["block"]["first"]["norm"]
+    exported = sbn.linen.fold_variables(model, variables, example_inputs=(X,))
+    assert exported.keys() == {"params"}
+
+
 def test_folding_twice_changes_nothing():
     model = trained_nnx()
     once = sbn.nnx.fold_model(model)

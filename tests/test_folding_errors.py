@@ -231,6 +231,11 @@ def test_errors_tell_what_was_given_and_what_to_do_while_tracing(name):
     assert message_while_tracing(*ERRORS[name]).startswith("Expected")
 
 
+def test_an_option_of_neither_layer_is_flax_error():
+    with pytest.raises(TypeError, match="unexpected keyword argument 'num_features'"):
+        nnx_conv(num_features=3)(jnp.ones(MAPS))
+
+
 @pytest.mark.parametrize("padding", [((1, 1),), (1, 1, 1)], ids=str)
 def test_padding_of_another_rank_is_flax_error(padding):
     with pytest.raises(ValueError, match="Invalid padding format"):

@@ -236,6 +236,16 @@ def test_each_position_of_a_lattice_is_the_output_there(case, x64):
     assert_same_to_rounding(*both(x, kernel))
 
 
+def test_padding_may_be_arrays():
+    x, kernel = np.ones((4, 5, 3)), np.ones((3, 3, 2))
+    padded = [
+        sbn.conv_norm(x, kernel, padding=[(one, 1)], sampler=sbn.NaiveSampling(2))[0]
+        for one in (1, np.array(1), jnp.int32(1))
+    ]
+    for y in padded[1:]:
+        np.testing.assert_array_equal(y, padded[0])
+
+
 @dataclasses.dataclass(frozen=True)
 class Nested:
     """A patch for each half of the images, and one for each quarter in both."""

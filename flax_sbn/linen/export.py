@@ -72,7 +72,9 @@ def fold_variables(
         norm = ("batch_stats", *path, "norm")
         if (*norm, "mean") not in boxed:
             continue  # it is folded already
-        statistics = Statistics(boxed.pop((*norm, "mean")), boxed.pop((*norm, "var")))
+        statistics = Statistics(boxed[*norm, "mean"], boxed[*norm, "var"])
+        # And whatever else the norm keeps, such as its number of steps.
+        boxed = {of: value for of, value in boxed.items() if of[: len(norm)] != norm}
         affine = [
             boxed.pop(("params", *path, "norm", name), None)
             for name in ("scale", "bias")

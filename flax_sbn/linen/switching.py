@@ -296,10 +296,10 @@ class _Interceptor:
             parent=module.scope,
         )
         evaluate = evaluates(module.use_running_average, use_running_average)
-        known = module.path, x, ours.axis, options.sampler
-        if switching.stays_plain(*known, evaluate):
+        norm_call = module.path, x, ours.axis, options.sampler
+        if switching.stays_plain(*norm_call, evaluate):
             return plain()
-        product = switching.layer_to_fold(*known, options.fold)
+        product = switching.layer_to_fold(*norm_call, options.fold)
         norm: switching.Norm = functools.partial(batch_norm, x, axis=ours.axis)
         if product is not None:
             norm = product.norm

@@ -79,9 +79,15 @@ class _Measuring(nnx.Module):
         return super().__call__(inputs, *args, **kwargs)
 
 
-_MEASURING: dict[type, type] = {
-    base: type(base.__name__, (_Measuring, base), {}) for base in (nnx.Linear, nnx.Conv)
-}
+class _Linear(_Measuring, nnx.Linear):
+    pass
+
+
+class _Conv(_Measuring, nnx.Conv):
+    pass
+
+
+_MEASURING: dict[type, type] = {nnx.Linear: _Linear, nnx.Conv: _Conv}
 
 
 def _is_measured(module: Any) -> bool:

@@ -13,9 +13,10 @@ from flax_sbn.linear_layers import masked_kernel
 from flax_sbn.nnx.batch_norm import BatchNorm
 from flax_sbn.nnx.variables import evaluates
 
+_SAME_NAME = set(inspect.signature(nnx.BatchNorm.__init__).parameters)
 # By the folded layer's name, the norm's.
 _NORM_OPTIONS = {
-    **{name: name for name in inspect.signature(nnx.BatchNorm.__init__).parameters},
+    **{name: name for name in _SAME_NAME - {"self", "num_features", "rngs"}},
     "running_weight": "running_weight",
     "rng_collection": "rng_collection",
     "norm_bias": "use_bias",

@@ -119,9 +119,8 @@ class MovingAverageBatchNorm(MovingAverageHooks, Normalizer):
         evaluate = evaluates(self, use_running_average)
         affine = scale_and_bias(self)
         running = MovingAverages(self.step[...], self.chi[...], self.var[...])
-        y, updated = self._normalize(
-            x, running, self.psi[...], affine, evaluate=evaluate
-        )
+        psi = None if evaluate else self.psi[...]
+        y, updated = self._normalize(x, running, psi, affine, evaluate=evaluate)
         if not evaluate:
             self.step[...], self.chi[...], self.var[...] = updated
         return y

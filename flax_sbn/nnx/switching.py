@@ -189,8 +189,11 @@ def switch_report(
 
 def _modules(model: nnx.Module) -> Iterator[tuple[switching.Path, Any]]:
     """Yields paths and modules, each module once."""
+    seen = set()  # without NNX's graph mode, a shared module comes several times
     for path, module in nnx.iter_modules(model):
-        yield tuple(map(str, path)), module
+        if id(module) not in seen:
+            seen.add(id(module))
+            yield tuple(map(str, path)), module
 
 
 def _is_norm(module: nnx.Module, norm_types: tuple[type, ...]) -> bool:
@@ -265,10 +268,10 @@ class _Norm(BatchNorm):
     ) -> jax.Array:
         """Measures a sample, and folds if it can."""
         evaluate = evaluates(self, use_running_average)
-        known = self.path, x, self.axis, self.sampler
-        if switching.stays_plain(*known, evaluate):
+        norm_call = self.path, x, self.axis, self.sampler
+        if switching.stays_plain(*norm_call, evaluate):
             return plain()
-        product = switching.layer_to_fold(*known, self.fold and self._folds())
+        product = switching.layer_to_fold(*norm_call, self.fold and self._folds())
         if product is None:
             return super().__call__(x, use_running_average, mask=mask)
         norm = functools.partial(product.norm, promoted=[self.mean[...]])

@@ -366,6 +366,14 @@ def test_parameters_are_optional_and_dtypes_are_flaxs():
     assert module(x).dtype == "bfloat16"
 
 
+def test_evaluation_needs_no_psi():
+    layer = sbn.nnx.MovingAverageBatchNorm(4, rngs=nnx.Rngs(0))
+    x = cases.inputs((8, 4))
+    expected = layer(x, use_running_average=True)
+    nnx.pop(layer, sbn.nnx.OverwriteWithGradient)
+    np.testing.assert_array_equal(layer(x, use_running_average=True), expected)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_kernels_are_centered_in_both_layers(masked):
     x, g = cases.inputs((2, 5, 5, 4)), cases.inputs((2, 5, 5, 6), seed=1)
