@@ -287,7 +287,15 @@ class _Interceptor:
         switching.check_copy(module, "flax.linen.BatchNorm")
         if module.is_initializing():
             return plain()
-        options = self.options
+        options, axis = self.options, getattr(module, "axis", -1)
+        evaluate = evaluates(module.use_running_average, use_running_average)
+        norm_call = module.path, x, axis, options.sampler
+        if switching.stays_plain(*norm_call, evaluate):
+            return plain()
+        product = switching.layer_to_fold(*norm_call, options.fold)
+        norm: switching.Norm = functools.partial(batch_norm, x, axis=axis)
+        if product is not None:
+            norm = product.norm
         ours = BatchNorm(
             **shared_options(module, nn.BatchNorm),
             sampler=options.sampler,
@@ -295,15 +303,7 @@ class _Interceptor:
             rng_collection=options.rng_collection,
             parent=module.scope,
         )
-        evaluate = evaluates(module.use_running_average, use_running_average)
-        norm_call = module.path, x, ours.axis, options.sampler
-        if switching.stays_plain(*norm_call, evaluate):
-            return plain()
-        product = switching.layer_to_fold(*norm_call, options.fold)
-        norm: switching.Norm = functools.partial(batch_norm, x, axis=ours.axis)
-        if product is not None:
-            norm = product.norm
-        features = feature_shape(x.shape, ours.axis)
+        features = feature_shape(x.shape, axis)
         y, _ = ours._step(norm, *ours._values(features), mask)
         return y
 
