@@ -60,6 +60,8 @@ _TESTS = {
     "estimation": ["modules"],
     "same_outputs": ["modules/test_same_outputs.py"],
     "as_stored": ["test_export.py"],
+    "statistics": ["alternatives/test_batch_renorm.py", "test_devices.py"],
+    "linear_layers": ["test_conv_norm_options.py", "test_folding_errors.py"],
     "moments": ["test_statistics.py", "test_devices.py"],
     "sampled_layer": ["test_folding.py", "test_folding_bfloat16.py"],
     "fixed_fold": ["test_folding.py", "test_folding_gradients.py", "test_lattice.py"],

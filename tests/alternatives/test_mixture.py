@@ -321,6 +321,17 @@ def test_a_component_without_points_keeps_its_mean_and_is_found_again():
     assert_close(running.weight, np.array([0.5, 0.5]))
 
 
+def test_posteriors_are_constants_in_the_gradient_of_evaluation():
+    x, mixture = cases.inputs((6, 3), "float32"), given(2, 3)
+    weight, mean, var = arrays(mixture)
+    shares = posteriors(np.float64(x), weight, mean, var) / np.sqrt(floored(weight))
+    expected = shares @ (1 / np.sqrt(var + EPSILON))
+    gradient = jax.grad(lambda x: mixture_normalize(x, mixture, epsilon=EPSILON).sum())(
+        x
+    )
+    assert_close(gradient, expected)
+
+
 def test_nothing_flows_into_the_running_mixture():
     x, _ = two_modes()
 

@@ -366,6 +366,16 @@ def test_parameters_are_optional_and_dtypes_are_flaxs():
     assert module(x).dtype == "bfloat16"
 
 
+def test_a_limit_of_one_leaves_outputs_as_they_are():
+    x, running = cases.inputs((8, 3), "float32"), moving_averages((3,))
+    running = running._replace(step=jnp.array(1000), var=jnp.full(3, 9.0))
+    (limited, _), (early, _) = (
+        moving_average_batch_norm(x, psi=jnp.zeros((16, 3)), running=running, **options)
+        for options in ({"r_max": 1.0}, {"renorm_warmup": 2000})
+    )
+    np.testing.assert_array_equal(limited, early)
+
+
 def test_evaluation_needs_no_psi():
     layer = sbn.nnx.MovingAverageBatchNorm(4, rngs=nnx.Rngs(0))
     x = cases.inputs((8, 4))

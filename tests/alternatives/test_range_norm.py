@@ -73,6 +73,7 @@ def expected_norm(x, scale=1.0, bias=0.0, sampler=None, mask=True, num_chunks=16
         ("all", False, 16, "float32"),
         ("all", False, 5, "float64"),  # a remainder of 1
         ("all", True, 7, "float64"),
+        ("all", True, 48, "float64"),  # one value, or none, left of some chunks of two
         ("NS", False, 100, "float64"),  # fewer chunks than asked for
         ("BS+VDN", True, 4, "float32"),
     ],
