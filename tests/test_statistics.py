@@ -216,6 +216,17 @@ def test_running_statistics_do_not_change_by_what_they_are(momentum):
     chex.assert_trees_all_equal(sbn.update_running(same, same, momentum), same)
 
 
+def test_deviations_of_complex_values_are_averaged_as_real_ones():
+    old, new = (
+        sbn.Statistics(jnp.full(2, mean, "complex64"), jnp.full(2, var))
+        for mean, var in ((1 + 2j, 4.0), (3 + 0j, 16.0))
+    )
+    updated = sbn.update_running(old, new, 0.5, std_epsilon=0.0)
+    assert updated.var.dtype == "float32"
+    np.testing.assert_array_equal(updated.mean, np.full(2, 2 + 1j))
+    np.testing.assert_array_equal(updated.var, np.full(2, 9.0))
+
+
 def test_running_statistics_carry_no_gradient():
     def loss(new):
         old = sbn.Statistics(jnp.zeros(3), jnp.ones(3))

@@ -211,7 +211,7 @@ def mixture_normalize(
     """
     x = jnp.asarray(x)
     points, flat = _points(x, mixture, axis), _flat(mixture)
-    posteriors = _posteriors(lax.stop_gradient(points), flat, epsilon)
+    posteriors = _posteriors(points, flat, epsilon)
     y = _normalize(points, posteriors, flat, epsilon)
     return _finish(y, x, scale, bias, axis, dtype)
 
