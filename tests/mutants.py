@@ -6,8 +6,8 @@ Each mutant is one edit of one file: another operator or comparison, a larger nu
 a mean for a variance, a condition turned around, a gradient that is not stopped. The
 tests of that file run in a copy of the tree until one fails, then those of all layers.
 A mutant that survives is either equivalent, or a test is missing. By hand, as it takes
-an hour or two. The same seed draws the same mutants as long as the files are the same:
-with --json the same command goes on where an earlier one ended.
+ten minutes to an hour. The same seed draws the same mutants as long as the files are
+the same: with --json the same command goes on where an earlier one ended.
 """
 
 import argparse
