@@ -16,7 +16,7 @@ from flax.linen.linear import canonicalize_padding
 from jax import lax
 
 from flax_sbn.lattice import Lattice
-from flax_sbn.windows import Part, Start, Windows
+from flax_sbn.windows import Part, Start, Windows, padded_slice
 
 Padding = str | int | Sequence[int | tuple[int, int]]
 Extents = int | Sequence[int] | None  # an int stands for all axes, None for 1
@@ -143,17 +143,12 @@ class Convolution(Linear):
 
     def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:
         sizes = tuple(self._reach([1] * len(self.window)))
-        gaps = np.array(self.input_dilation) - 1
-        extent = np.array(x.shape[1:-1])
         starts = np.array(lattice.positions) * self.strides
         starts -= [before for before, _ in self._pads(x)]
-        ends = starts + sizes - (extent + (extent - 1) * gaps)
-        # Block by block, each of which gives one position. Negative numbers crop.
-        zero, whole = jnp.zeros((), x.dtype), (0, 0, 0)
-        blocks = []
-        for before, after in zip((-starts).tolist(), ends.tolist(), strict=True):
-            border = zip(before, after, gaps.tolist(), strict=True)
-            blocks.append(lax.pad(x, zero, [whole, *border, whole]))
+        x = self._dilated(x, range(len(sizes)))
+        block = (x.shape[0], *sizes, x.shape[-1])
+        # Block by block, each of which gives one position.
+        blocks = [padded_slice(x, (0, *start, 0), block) for start in starts.tolist()]
         here = dataclasses.replace(
             self,
             strides=sizes,
@@ -171,10 +166,7 @@ class Convolution(Linear):
         sizes = [windows.sizes[0], *x.shape[1:-1]]
         if cut:
             padding, dilation = self._pads(x), list(self.input_dilation)
-            gaps = [n - 1 if i in cut else 0 for i, n in enumerate(dilation)]
-            if any(gaps):
-                inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
-                x = lax.pad(x, jnp.zeros((), x.dtype), inner)
+            x = self._dilated(x, cut)
             sizes[1:] = x.shape[1:-1]
             reach = self._reach(windows.sizes[1:])
             for i in cut:
@@ -185,6 +177,14 @@ class Convolution(Linear):
                 self, padding=tuple(padding), input_dilation=tuple(dilation)
             )
         return Windows(windows.runs, tuple(starts), tuple(sizes)).below(x), here
+
+    def _dilated(self, x: jax.Array, axes: Sequence[int]) -> jax.Array:
+        """Returns the input with the zeros of its dilation on some spatial axes."""
+        gaps = [n - 1 if i in axes else 0 for i, n in enumerate(self.input_dilation)]
+        if not any(gaps):
+            return x
+        inner = [(0, 0, gap) for gap in (0, *gaps, 0)]
+        return lax.pad(x, jnp.zeros((), x.dtype), inner)
 
     def _pads(self, x: jax.Array) -> list[tuple[int, int]]:
         """Returns what is added before and after each spatial axis of the input."""

@@ -85,23 +85,34 @@ class Windows:
         """
         runs = x.reshape(self.runs, -1, *x.shape[1:])
         starts, sizes = (0, *self.starts), (self.runs, *self.sizes)
-        axes = [
-            axis
-            for axis, (start, size) in enumerate(zip(starts, sizes, strict=True))
-            if not isinstance(start, int) or start or size != runs.shape[axis]
-        ]
-        if all(isinstance(start, int) for start in starts):
-            border: list[Any] = [(0, 0, 0)] * runs.ndim
-            for axis in axes:
-                start, size = starts[axis], sizes[axis]
-                border[axis] = (-start, start + size - runs.shape[axis], 0)
-            # Negative numbers crop.
-            blocks = lax.pad(runs, jnp.zeros((), x.dtype), border)
+        fixed = [start for start in starts if isinstance(start, int)]
+        if len(fixed) == len(starts):
+            rest = runs.shape[len(sizes) :]
+            blocks = padded_slice(runs, fixed + [0] * len(rest), sizes + rest)
         else:
+            axes = [
+                axis
+                for axis, (start, size) in enumerate(zip(starts, sizes, strict=True))
+                if not isinstance(start, int) or start or size != runs.shape[axis]
+            ]
             each = [jnp.asarray(starts[axis], jnp.int32) for axis in axes]
             each = [jnp.broadcast_to(start, self.runs) for start in each]
             blocks = batched_slice(runs, each, axes, [sizes[axis] for axis in axes])
         return blocks.reshape(-1, *blocks.shape[2:])
+
+
+def padded_slice(
+    x: jax.Array, starts: Sequence[int], sizes: Sequence[int]
+) -> jax.Array:
+    """Returns a block of known place, zero where it sticks out of the array."""
+    # Negative padding crops, too, but takes a TPU 1 % more of a step, XLA estimates.
+    first, last, border = [], [], []
+    for start, size, n in zip(starts, sizes, x.shape, strict=True):
+        first.append(min(max(start, 0), n))
+        last.append(min(max(start + size, 0), n))
+        before = min(max(-start, 0), size)
+        border.append((before, size - before - (last[-1] - first[-1]), 0))
+    return lax.pad(lax.slice(x, first, last), jnp.zeros((), x.dtype), border)
 
 
 def _slice(x: jax.Array, starts: Sequence[Start], sizes: Sequence[int]) -> jax.Array:
