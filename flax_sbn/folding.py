@@ -262,6 +262,7 @@ def conv_norm(
         precision,
         conv_general_dilated,
     )
+    x, convolution = convolution.bordered(x)
     return _linear_norm(
         convolution,
         x,

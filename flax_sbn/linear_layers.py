@@ -78,8 +78,8 @@ class Convolution(Linear):
     Attributes:
       window: extent of the kernel on each spatial axis, as are the following.
       strides: steps of the window.
-      padding: added before and after, negative numbers crop; or a name that JAX knows,
-        or that of a border.
+      padding: zeros before and after, negative ones crop; or a name that JAX knows, or
+        that of a border, for :meth:`bordered`.
       input_dilation: one more than the zeros between the input's positions.
       kernel_dilation: likewise of the kernel.
       groups: number of groups of features.
@@ -98,14 +98,13 @@ class Convolution(Linear):
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """Returns the convolution."""
-        x, here = self._bordered(x)
         last = x.ndim - 1
         features_last = (0, last, *range(1, last))
-        return here.function(
+        return self.function(
             x,
             kernel,
-            here.strides,
-            here.padding,
+            self.strides,
+            self.padding,
             lhs_dilation=self.input_dilation,
             rhs_dilation=self.kernel_dilation,
             dimension_numbers=lax.ConvDimensionNumbers(
@@ -115,11 +114,20 @@ class Convolution(Linear):
             precision=self.precision,
         )
 
+    def bordered(self, x: jax.Array) -> tuple[jax.Array, Self]:
+        """Returns the input with a border that is not zero, and what to apply to it."""
+        if not isinstance(self.padding, str) or self.padding not in _BORDERS:
+            return x, self
+        reach = self._reach([1] * len(self.window))
+        border = [(0, 0), *(((n - 1) // 2, n // 2) for n in reach), (0, 0)]
+        x = jnp.pad(x, border, mode=_BORDERS[self.padding])
+        return x, dataclasses.replace(self, padding="VALID")
+
     def below(
         self, x: jax.Array, part: Part, extent: Sequence[int]
     ) -> tuple[jax.Array, Self]:
         """Returns the input below a part, and the convolution there."""
-        x, here = self._bordered(x)
+        here = self
         for selection in part.windows:
             if isinstance(selection, Lattice):
                 x, here = here._below_lattice(x, selection)
@@ -133,13 +141,6 @@ class Convolution(Linear):
                 )
             extent = selection.sampled_shape((x.shape[0], *extent))[1:]
         return x, here
-
-    def _bordered(self, x: jax.Array) -> tuple[jax.Array, Self]:
-        """Returns the input with a border that is not zero, and what to apply to it."""
-        if not isinstance(self.padding, str) or self.padding not in _BORDERS:
-            return x, self
-        pads, mode = [(0, 0), *self._pads(x), (0, 0)], _BORDERS[self.padding]
-        return jnp.pad(x, pads, mode=mode), dataclasses.replace(self, padding="VALID")
 
     def _below_lattice(self, x: jax.Array, lattice: Lattice) -> tuple[jax.Array, Self]:
         sizes = tuple(self._reach([1] * len(self.window)))
@@ -187,11 +188,9 @@ class Convolution(Linear):
         return lax.pad(x, jnp.zeros((), x.dtype), inner)
 
     def _pads(self, x: jax.Array) -> list[tuple[int, int]]:
-        """Returns what is added before and after each spatial axis of the input."""
+        """Returns the zeros before and after each spatial axis of the input."""
         if isinstance(self.padding, str):
             reach = self._reach([1] * len(self.window))
-            if self.padding in _BORDERS:
-                return [((n - 1) // 2, n // 2) for n in reach]
             return lax.padtype_to_pads(x.shape[1:-1], reach, self.strides, self.padding)
         return list(self.padding)
 
